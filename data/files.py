@@ -1,0 +1,183 @@
+"""Your own text: files in, rows out, and a message that names file and line for what does not fit.
+
+    pretraining   any text file; "<|endoftext|>" may separate documents
+    SFT           {"instruction": ..., "input": ..., "output": ...}
+                  {"prompt": ..., "response": ...}
+                  {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
+    RM, DPO       {"prompt" or "instruction" (and "input") or "messages": ..., "chosen": ..., "rejected": ...}
+                  {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}          (HH-RLHF)
+    PPO           any of the above; only the prompts are used
+
+Rows come as JSON (one list) or JSONL (one object per line), gzipped or not. Whatever the form, a
+reader returns dicts with "messages" (see data/chat.py), "where" (file and line, for messages) and
+what its stage needs. A row that breaks the form ends the program: guessing would train on garbage.
+"""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, gzipped or not, as UTF-8 without a byte order mark. Exits if unreadable."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise SystemExit(f"cannot read {path}: {error}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise SystemExit(f"{path}:{line}: not UTF-8 text (byte {data[error.start]:#04x})")
+    if not text.strip():
+        raise SystemExit(f"{path}: the file is empty")
+    return text.replace("\r\n", "\n")
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """The objects of a JSON list or of JSON lines, each with its place under "where"."""
+    text, rows = read_text(path), []
+    decoder = json.JSONDecoder()
+    is_list = text.lstrip().startswith("[")
+    place = text.index("[") + 1 if is_list else 0
+    line, counted = 1, 0  # `line` is right for the characters before `counted`
+    while True:
+        place = re.compile(r"[\s,]*" if is_list else r"\s*").match(text, place).end()
+        line, counted = line + text.count("\n", counted, place), place
+        if place == len(text) or (is_list and text[place] == "]"):
+            break
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line += text.count("\n", counted, getattr(error, "pos", counted))
+            raise SystemExit(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})")
+        if not isinstance(row, dict):
+            raise SystemExit(f"{path}:{line}: expected an object like {{...}}, found {str(row)[:40]!r}")
+        rows.append({**row, "where": f"{path}:{line}"})
+    if is_list and place == len(text):
+        raise SystemExit(f"{path}:{line}: the list is never closed; is the file cut short?")
+    if not rows:
+        raise SystemExit(f"{path}: no rows")
+    return rows
+
+
+def field(row: dict, name: str) -> str:
+    """The text in a field of a row. Exits if it is missing, no text, or blank."""
+    if name not in row:
+        found = ", ".join(sorted(row.keys() - {"where"}))
+        raise SystemExit(f'{row["where"]}: no field "{name}" (found: {found or "nothing"})')
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise SystemExit(f'{row["where"]}: field "{name}" must be text, not {str(row[name])[:40]!r}')
+    return row[name]
+
+
+def check_messages(messages, where: str) -> list[dict]:
+    """Messages whose roles and texts are in order: an optional system, then user and assistant."""
+    roles = []
+    for message in messages if isinstance(messages, list) else [None]:
+        if not isinstance(message, dict):
+            raise SystemExit(f'{where}: "messages" must be a list of objects with role and content')
+        roles.append(field({**message, "where": where}, "role"))
+        field({**message, "where": where}, "content")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if not turns or turns != wanted:
+        raise SystemExit(f"{where}: roles must be user, assistant, user, ... but are {', '.join(roles)}")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def prompt_messages(row: dict) -> list[dict]:
+    """What a row asks, as messages that end with the user."""
+    if "messages" in row:
+        messages = check_messages(row["messages"], row["where"])
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if "instruction" in row:
+        text = field(row, "instruction")
+        if row.get("input"):
+            text += "\n" + field(row, "input")
+    else:
+        text = field(row, "prompt")
+    return [{"role": "user", "content": text}]
+
+
+def read_conversations(path: str | Path) -> list[dict]:
+    """Rows for SFT: {"messages", "where"}, the last message being the assistant's."""
+    rows = []
+    for row in read_rows(path):
+        if "messages" in row:
+            messages = check_messages(row["messages"], row["where"])
+            if messages[-1]["role"] != "assistant":
+                raise SystemExit(f'{row["where"]}: the last message must be the assistant\'s')
+        else:
+            reply = next((name for name in ("output", "response") if name in row), "output")
+            messages = prompt_messages(row) + [{"role": "assistant", "content": field(row, reply)}]
+        rows.append({"messages": messages, "where": row["where"]})
+    return rows
+
+
+def read_preferences(path: str | Path) -> list[dict]:
+    """Rows for RM and DPO: {"messages" (the prompt), "chosen", "rejected", "where"}.
+
+    Rows of the town also carry "kind", "gold" and "p" (see data/preferences.py), for reports only.
+    """
+    rows = []
+    for row in read_rows(path):
+        chosen, rejected = field(row, "chosen"), field(row, "rejected")
+        if row.keys() & {"messages", "instruction", "prompt"}:
+            messages = prompt_messages(row)
+        else:
+            messages, chosen = read_dialogue(chosen, row["where"])
+            other, rejected = read_dialogue(rejected, row["where"])
+            if messages != other:
+                raise SystemExit(f'{row["where"]}: chosen and rejected answer different prompts')
+        extra = {k: row[k] for k in ("kind", "gold", "p") if k in row}
+        rows.append({"messages": messages, "chosen": chosen, "rejected": rejected,
+                     "where": row["where"], **extra})
+    return rows
+
+
+def read_prompts(path: str | Path) -> list[dict]:
+    """Rows for PPO: {"messages", "where"}, ending with the user."""
+    rows = []
+    for row in read_rows(path):
+        if "chosen" in row and not row.keys() & {"messages", "instruction", "prompt"}:
+            messages, _ = read_dialogue(field(row, "chosen"), row["where"])
+        else:
+            messages = prompt_messages(row)
+        rows.append({"messages": messages, "where": row["where"]})
+    return rows
+
+
+def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
+    """An HH-RLHF dialogue -> (messages up to the last reply, the last reply)."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    messages = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise SystemExit(f'{where}: expected "\\n\\nHuman: ...\\n\\nAssistant: ..." in this field')
+    return check_messages(messages[:-1], where), field({"reply": messages[-1]["content"], "where": where}, "reply")
+
+
+def held_out(rows: list) -> tuple[list, list]:
+    """(rows to train on, rows to test on): the last tenth of a file is never trained on."""
+    cut = len(rows) - max(len(rows) // 10, 1)
+    return rows[:cut], rows[cut:]
+
+
+def keep_fitting(rows: list[dict], lengths: list[int], context: int) -> list[dict]:
+    """Rows that fit the context whole. The others are counted and named: no reply is ever cut.
+
+    Exits if nothing is left.
+    """
+    out = [f'{row["where"]} ({n} tokens)' for row, n in zip(rows, lengths) if n > context]
+    if out:
+        more = f" and {len(out) - 5} more" if len(out) > 5 else ""
+        print(f"left out {len(out)} of {len(rows)} rows, longer than the context of {context} "
+              f"tokens: {', '.join(out[:5])}{more}")
+    if len(out) == len(rows):
+        raise SystemExit(f"no row fits the context of {context} tokens; pretrain with a larger --context")
+    return [row for row, n in zip(rows, lengths) if n <= context]

@@ -1,0 +1,366 @@
+"""GPT-2, and everything one does with a model: run it, sample from it, score with it, save it, talk.
+
+The model is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, the token
+table used again as the output layer, GPT-2's initialisation. It has no dropout: every later stage
+compares log-probabilities of two models, and dropout would turn the comparison into noise.
+
+Notation, here and in all files:
+
+    B   batch               C   channels (width)          P   tokens of a prompt
+    T   time (tokens)       nh  heads                     R   tokens of a response
+    V   vocabulary          hs  head size, C / nh
+
+`GPT.forward` ends at the hidden states (B, T, C). Three heads read them: the vocabulary
+(kernels.py, which never keeps the logits), a reward (one number, at the last token) and a value
+(one number at every token); the last two are `ScalarModel`.
+
+    python gpt.py                              talk to the newest stage in out/
+    python gpt.py --prompt "What is 4-2?"      answer once
+    python gpt.py --compare                    the same prompts, answered by every stage
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int  # token ids that mean something
+    context: int  # longest sequence, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int  # channels
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the token table: a multiple of 64, which GPUs multiply faster."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+
+class Cache:
+    """Keys and values of the tokens read so far, so that sampling reads each token once.
+
+    A token at position p of its row is stored at index p. So rows of different length need no
+    alignment: a query at position p looks at indices 0..p, and whatever lies beyond is invisible.
+    """
+
+    def __init__(self, config: GPTConfig, n_rows: int, length: int, like: torch.Tensor):
+        hs = config.n_embd // config.n_head
+        shape = (config.n_layer, n_rows, config.n_head, length, hs)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, nh, T, hs)
+
+    def rows(self, rows: slice) -> "Cache":
+        """A view of some rows, for reading prompts in groups of similar length."""
+        view = object.__new__(Cache)
+        view.keys, view.values = self.keys[:, rows], self.values[:, rows]
+        return view
+
+    def update(self, layer, positions, k, v):
+        """Store k, v (B, nh, t, hs) at positions (B, t); return all keys and values up to there."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)  # index_put wants (B, t, nh, hs)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+        end = int(positions.max()) + 1
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention: softmax(q k^T / sqrt(hs)) v, over positions up to one's own."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, layer=None, positions=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, nh, hs) -> 3 x (B, nh, T, hs)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scales by 1/sqrt(hs)
+        else:
+            k, v = cache.update(layer, positions, k, v)  # (B, nh, end, hs)
+            index = torch.arange(k.shape[2], device=x.device)
+            visible = index <= positions[:, None, :, None]  # (B, 1, T, end)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU is the tanh one
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, *cache_arguments):
+        x = x + self.attn(self.ln_1(x), *cache_arguments)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids -> hidden states. Module names are GPT-2's, so its weights load by name."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_head {config.n_head} must divide n_embd {config.n_embd}")
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab, config.n_embd)
+        self.wpe = nn.Embedding(config.context, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.apply(self._initialise)
+
+    def _initialise(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (Attention, MLP)):
+            # 2 * n_layer branches are added up on the residual path: this keeps their sum at 0.02
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The output layer (V, C): the token table without its padding rows.
+
+        No token has the ids of the padding rows. Left out here, they have no probability in any
+        loss and can never be sampled.
+        """
+        return self.wte.weight[: self.config.vocab_size]
+
+    def forward(self, idx: torch.Tensor, cache: Cache | None = None, positions=None) -> torch.Tensor:
+        """idx (B, T) int64 -> hidden states after the final norm (B, T, C).
+
+        Without a cache, column t is position t and sees columns 0..t. With one, positions (B, T)
+        says where each token stands in its row, and earlier tokens are read from the cache.
+        """
+        B, T = idx.shape
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)
+        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer, positions)
+        return self.ln_f(x)
+
+
+class ScalarModel(nn.Module):
+    """A GPT with one number per position instead of a vocabulary: reward model and critic.
+
+    A reward model is read at the last token of a reply, a critic at every token. `mean` and `sd`
+    are set once, after a reward model is trained, so that its scores have mean 0 and SD 1 on
+    samples of the SFT model; without that, PPO's KL coefficient would mean something else for every
+    reward model.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gpt = GPT(config)
+        self.score = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.score.weight)  # all scores start at 0, so the first RM loss is ln 2
+        nn.init.zeros_(self.score.bias)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("sd", torch.ones(()))
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.gpt.config
+
+    @classmethod
+    def from_gpt(cls, gpt: GPT, n_layer: int | None = None) -> "ScalarModel":
+        """Start from a language model's weights, with all or only its lowest n_layer blocks."""
+        n_layer = n_layer or gpt.config.n_layer
+        if n_layer > gpt.config.n_layer:
+            raise ValueError(f"n_layer {n_layer} is more than the {gpt.config.n_layer} there are")
+        model = cls(GPTConfig(**{**asdict(gpt.config), "n_layer": n_layer}))
+        wanted = model.gpt.state_dict()
+        model.gpt.load_state_dict({name: w for name, w in gpt.state_dict().items() if name in wanted})
+        return model
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx (B, T) -> scores (B, T), float32."""
+        raw = self.score(self.gpt(idx)).squeeze(-1).float()  # (B, T, C) -> (B, T)
+        return (raw - self.mean) / self.sd
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw one token per row: logits (B, V) -> ids (B,), their log-probabilities (B,).
+
+    temperature 0 is greedy (log-probability at temperature 1). top_k keeps the k likeliest tokens;
+    top_p the smallest set of likeliest tokens with probability >= top_p (Holtzman et al. 2020). The
+    log-probability is that of the distribution sampled from, after temperature, top_k and top_p.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        logprobs = logits.log_softmax(1)
+        ids = logits.argmax(1)
+        return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+    logits = logits / temperature
+    if top_k and top_k < logits.shape[1]:
+        smallest = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        sorted_logits, order = logits.sort(dim=1, descending=True)
+        before = sorted_logits.softmax(1).cumsum(1) - sorted_logits.softmax(1)
+        out = (before >= top_p).scatter(1, order, before >= top_p)  # back to the order of ids
+        logits = logits.masked_fill(out, -math.inf)
+    probs = logits.softmax(1)
+    # Inverse transform: lay the probabilities end to end and see where a uniform number falls. In
+    # float64, so that rounding can never push it past the end. (torch.multinomial draws one random
+    # number per token of the vocabulary; that made sampling a third slower.)
+    edges = probs.double().cumsum(1)  # (B, V)
+    u = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
+    ids = torch.searchsorted(edges, u * edges[:, -1:], right=True).squeeze(1)
+    return ids, probs.gather(1, ids[:, None]).squeeze(1).log()
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    stop: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    batch_size: int = 128,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Continue every prompt: token ids in, (replies, log-probabilities of their tokens) out.
+
+    A reply ends with the token `stop`, which it then contains, or without it after max_new_tokens
+    or at the end of the context. Prompts may differ in length. Rows are padded on the right, and a
+    row that has ended leaves the batch, so it costs nothing more. Sampling settings: see `sample`.
+
+    Raises ValueError if a prompt is empty or leaves no room in the context for a reply.
+    """
+    context, device = model.config.context, model.wte.weight.device
+    for ids in prompts:
+        if not 0 < len(ids) < context:
+            raise ValueError(f"a prompt of {len(ids)} tokens: the context of {context} has room "
+                             f"for 1 to {context - 1}")
+    replies, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(prompts), batch_size):
+        rows = by_length[start : start + batch_size]  # prompts of similar length: little padding
+        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
+        longest = min(int(lengths.max()) + max_new_tokens, context)
+        cache = Cache(model.config, len(rows), longest, model.wte.weight)
+
+        # Read the prompts, 32 rows at a time, and keep the hidden state of each last token.
+        last = []
+        for first in range(0, len(rows), 32):
+            group = slice(first, first + 32)
+            width = int(lengths[group].max())
+            idx = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in rows[group]],
+                               device=device)
+            positions = torch.arange(width, device=device).expand(len(idx), width)
+            hidden = model(idx, cache.rows(group), positions)  # (32, width, C)
+            last.append(hidden[torch.arange(len(idx)), lengths[group] - 1])
+        last = torch.cat(last)  # (B, C)
+
+        # Add one token to every row until all have ended.
+        positions = lengths  # where the next token of each row goes
+        for _ in range(max_new_tokens):
+            ids, lp = sample(last @ model.head.T, temperature, top_k, top_p, generator)
+            for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
+                replies[i].append(token)
+                logprobs[i].append(logprob)
+            alive = (positions < context - 1) if stop is None else (positions < context - 1) & (ids != stop)
+            if not alive.all():
+                keep = alive.nonzero().squeeze(1)
+                rows = [rows[i] for i in keep.tolist()]
+                if not rows:
+                    break
+                cache.keys, cache.values = cache.keys[:, keep], cache.values[:, keep]
+                ids, positions = ids[keep], positions[keep]
+            last = model(ids[:, None], cache, positions[:, None]).squeeze(1)
+            positions = positions + 1
+    return replies, logprobs
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict):
+    """Write a dict of plain values and tensors; readers see the old file or the new, never half.
+
+    Exits with a message if it cannot be written (a full disk, a read-only folder); the file that
+    was there before is then still there.
+    """
+    path, partial = Path(path), Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise SystemExit(f"cannot save {path}: {error}. An earlier file there is untouched.")
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> dict:
+    """Read a checkpoint without unpickling code. Exits with a message if that is impossible."""
+    path = Path(path)
+    if not path.exists():
+        raise SystemExit(f"there is no checkpoint {path}" + COMMANDS.get(path.parent.name, ""))
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["stage"], checkpoint["model"], checkpoint["model_config"]
+    except Exception as error:  # a cut file, a pickle with code in it, some other file
+        raise SystemExit(f"{path} is not a checkpoint of this project: {str(error)[:200]}")
+    return checkpoint
+
+
+# What to say when the checkpoint of a stage is missing.
+COMMANDS = {
+    stage: f": run `python train_{stage}.py` first, or name another with --init or --ckpt"
+    for stage in ("pretrain", "sft", "rm", "ppo", "dpo")
+}
+
+
+def load_model(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:
+    """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries."""
+    checkpoint = load_checkpoint(path, device)
+    kind = ScalarModel if checkpoint["stage"] == "rm" else GPT
+    model = kind(GPTConfig(**checkpoint["model_config"]))
+    load_weights(model, checkpoint.pop("model"), path)
+    return model.to(device).eval(), checkpoint
+
+
+def load_weights(model: nn.Module, weights: dict, where: str | Path):
+    """load_state_dict, with a message that says which tensor differs and how."""
+    mine = model.state_dict()
+    for name in sorted(mine.keys() | weights.keys()):
+        here, there = mine.get(name), weights.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
+            raise SystemExit(f"{where}: {name} is {shapes[0]} there and {shapes[1]} in this model")
+    model.load_state_dict(weights)

@@ -1,0 +1,408 @@
+"""Stage 1 of 5: pretraining. A model learns to continue text.
+
+    loss = - mean over all tokens of log p(token | the tokens before it)         (cross-entropy)
+
+    trained  a GPT from random weights                       frozen  nothing
+    reads    documents of the town, generated on the spot    (or --data file.txt)
+    writes   out/pretrain/: ckpt.pt, log.csv, curve.png, samples.txt
+    run      python train_pretrain.py
+    expect   TODO
+
+The result knows words, facts, sums and Spanish, but not that anybody wants an answer: asked "What
+is 4-2 and 3-1?", it carries on as if that were the start of a story. That is what SFT is for.
+
+This first script also holds the run mechanics that all five share: `parse_config` (options from the
+command line), `pick_device`, `make_optimizers`, `lr_at` and `Run` (folder, log, plot, progress bar,
+Ctrl-C, --resume). The later scripts import them from here and keep only their own ideas.
+
+References: Radford et al. 2019 (GPT-2); Jordan et al. 2024 (Muon, https://kellerjordan.github.io/
+posts/muon/). Differs from GPT-2 in: size, data, Muon for the matrices, no dropout.
+"""
+
+import argparse
+import csv
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.chat import pad
+from data.files import held_out, read_text
+from data.tokenizer import make_tokenizer
+from data.town import documents
+from gpt import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from kernels import linear_cross_entropy
+
+matplotlib.use("Agg")  # draw into files: no window, no display needed
+import matplotlib.pyplot as plt
+
+
+@dataclass
+class Config:
+    # data
+    data: str = ""  # a text file to train on ("" = the town); <|endoftext|> separates documents
+    documents: int = 30000  # how many documents of the town to write
+    tokenizer: str = "bpe"  # bpe (trained here), char, or gpt2
+    vocab_size: int = 1152  # tokens of a bpe tokenizer, the five special ones included
+    # model
+    context: int = 96  # longest sequence, in tokens
+    n_layer: int = 3  # transformer blocks
+    n_head: int = 4  # attention heads per block
+    n_embd: int = 128  # channels
+    # optimisation
+    batch_size: int = 32  # sequences per step
+    steps: int = 1000  # optimizer steps
+    optimizer: str = "auto"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
+    muon_lr: float = 0.03  # peak learning rate of the matrices under Muon
+    lr: float = 6e-3  # peak learning rate of all that AdamW trains
+    weight_decay: float = 0.1  # of matrices and tables; biases and norms are not decayed
+    warmup: int = 20  # steps until the peak
+    grad_clip: float = 1.0  # largest norm of the gradient
+    # run
+    seed: int = 0  # everything random follows from it
+    eval_every: int = 100  # steps between validations
+    save_every: int = 100  # steps between the checkpoints that --resume starts from
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    out: str = "out"  # folder of all runs; this one writes to out/pretrain
+    resume: bool = False  # go on with an interrupted run
+
+
+# ---------------------------------------------------------------------------------------------
+# Run mechanics, shared by all five scripts
+
+
+def parse_config(config_class):
+    """A Config from the command line: every field is an option, its comment is the help text."""
+    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(config_class), re.M))
+    parser = argparse.ArgumentParser(
+        description=sys.modules[config_class.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for field in fields(config_class):
+        text = comments[field.name].replace("%", "%%") + f" (default: {field.default!r})"
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+    return config_class(**vars(parser.parse_args()))
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a --device option. Exits with a message if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(name, name not in ("cpu", "cuda", "mps")):
+        raise SystemExit(f"--device {name}: not available here; try --device cpu")
+    return torch.device(name)
+
+
+def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks (or not), AdamW for all else.
+
+    Tables and matrices are decayed; biases and norms, one-dimensional, are not.
+    """
+    use_muon = cfg.optimizer == "muon"
+    if cfg.optimizer == "auto":  # torch's Muon works in bfloat16, which AVX2 CPUs have to emulate
+        device = next(model.parameters()).device.type
+        use_muon = device == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in f".{name}"]
+    if not use_muon:
+        inner = []
+    taken = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)}
+    if use_muon:
+        optimizers["muon"] = torch.optim.Muon(inner, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def step_optimizers(optimizers, lr_share: float):
+    """One step of all optimizers at this share of their peak rates; gradients are cleared."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr_share * group["peak_lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def lr_at(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+    """Share of the peak learning rate at a step: linear up over warmup, then linear down to floor."""
+    up = (step + 1) / max(warmup, 1)
+    down = floor + (1 - floor) * (steps - step) / max(steps - warmup, 1)
+    return min(up, down, 1.0)
+
+
+class Run:
+    """One training run on disk and on the screen.
+
+    While it goes on, its files are in out/<stage>/unfinished/; when it is done they move up to
+    out/<stage>/, the checkpoint last. So a run that fails or is stopped leaves the results of an
+    earlier one as they were.
+    """
+
+    def __init__(self, stage: str, cfg):
+        self.stage, self.cfg = stage, cfg
+        self.folder = Path(cfg.out) / stage
+        self.unfinished = self.folder / "unfinished"
+        self.rows = []  # one dict per line of log.csv
+        self.forwards = 0.0  # cost so far, in forward passes of one token; a backward pass counts 2
+        self.seconds, self.started = 0.0, time.perf_counter()
+        torch.manual_seed(cfg.seed)
+
+    def steps(self, total: int, model, tokenizer, **others):
+        """Yield 0..total-1 under a progress bar, and let the run survive an interruption.
+
+        model and others: all that changes from step to step and has a state_dict. They are saved
+        every cfg.save_every steps and loaded again under --resume. All other randomness must follow
+        from (seed, step), so there is none to save. Ctrl-C and SIGTERM let the step in progress
+        finish, save, and exit with status 130.
+        """
+        parts = {"model": model, **others}
+        first = self._load(parts) if self.cfg.resume else 0
+        self.identity = {
+            "stage": self.stage,
+            "model_config": asdict(model.config),
+            "tokenizer": tokenizer.state,
+            "train_config": asdict(self.cfg),
+        }
+        if not self.cfg.resume:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        stopped = []
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(s, lambda *_: stopped.append(True)) for s in signals]
+        try:
+            # disable=None: no bar where the output is not a terminal, say a log file
+            self.bar = tqdm(range(first, total), self.stage, total, initial=first, disable=None)
+            for step in self.bar:
+                yield step
+                if stopped or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total):
+                    self._save(parts, step + 1)
+                if stopped:
+                    print(f"\nstopped after step {step}. `python train_{self.stage}.py --resume` (with "
+                          f"the same options) goes on from {self.unfinished / 'ckpt.pt'}")
+                    sys.exit(130)
+        finally:
+            for s, handler in zip(signals, before):
+                signal.signal(s, handler)
+
+    def _save(self, parts, step):
+        self.write_log()
+        states = {name: part.state_dict() for name, part in parts.items()}
+        cost = {"rows": self.rows, "forwards": self.forwards, "seconds": self.elapsed()}
+        checkpoint = {**self.identity, "step": step, **cost, **states}
+        save_checkpoint(self.unfinished / "ckpt.pt", checkpoint)
+
+    def _load(self, parts) -> int:
+        saved = load_checkpoint(self.unfinished / "ckpt.pt")
+        for name, now in asdict(self.cfg).items():
+            was = saved["train_config"][name]
+            if was != now and name not in ("resume", "out", "device"):
+                raise SystemExit(f"--resume: the run to go on with had --{name} {was}, not {now}")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        self.rows, self.forwards, self.seconds = saved["rows"], saved["forwards"], saved["seconds"]
+        return saved["step"]
+
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+    def log(self, step: int, **numbers: float):
+        """Add numbers to the row of this step. Exits if a loss or gradient norm is not finite."""
+        for name, value in numbers.items():
+            if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+                raise SystemExit(f"{self.stage}: {name} is {value} at step {step}, so training stops. "
+                                 "The last checkpoint is untouched; a lower learning rate may help.")
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
+        self.rows[-1].update(numbers)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
+
+    def say(self, text: str):
+        """Print a line without tearing the progress bar."""
+        tqdm.write(text)
+
+    def write_log(self):
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        with open(self.unfinished / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        plot(self.rows, self.panels, self.unfinished / "curve.png")
+
+    def finish(self, model, samples: str, **extra):
+        """Write the results of a finished run and move them to out/<stage>/."""
+        self.write_log()
+        (self.unfinished / "samples.txt").write_text(samples, encoding="utf-8")
+        cost = {"seconds": round(self.elapsed(), 1), "forward_equivalents": self.forwards}
+        (self.unfinished / "cost.json").write_text(json.dumps(cost))
+        save_checkpoint(self.unfinished / "ckpt.pt", {**self.identity, "model": model.state_dict(), **extra})
+        files = sorted(self.unfinished.iterdir(), key=lambda file: file.name == "ckpt.pt")
+        for file in files:  # the checkpoint last
+            os.replace(file, self.folder / file.name)
+        self.unfinished.rmdir()
+        print(f"{self.stage}: {self.elapsed():.0f} seconds, results in {self.folder}/")
+
+
+def plot(rows: list[dict], panels: list[list[str]], path: Path):
+    """Draw log columns against the step, one panel per list of columns, into a PNG file."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
+    for axis, columns in zip(axes[0], panels):
+        for name, colour in zip(columns, COLOURS):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if not points:
+                continue
+            x, y = map(np.array, zip(*points))
+            few = len(points) <= 60
+            axis.plot(x, y, "o-" if few else "-", color=colour, ms=3, lw=1.5 if few else 0.5,
+                      alpha=1 if few else 0.4, label=name if few else None)
+            if not few:  # many noisy points: their running mean is what the eye should follow
+                width = len(points) // 30
+                mean = np.convolve(y, np.ones(width) / width, "valid")
+                axis.plot(x[width - 1 :], mean, color=colour, lw=1.5, label=name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe and Ito: safe for the colour-blind
+
+
+# ---------------------------------------------------------------------------------------------
+# The stage
+
+
+def write_tokens(texts: list[str], tokenizer, path: Path) -> np.memmap:
+    """Encode documents, each opened by end-of-text, into one file of ids; return it memory-mapped.
+
+    Reading goes through the page cache, so the file may be larger than the memory.
+    """
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for text in texts:
+            np.array([tokenizer.eot] + tokenizer.encode(text), dtype=dtype).tofile(file)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
+    """Where training may start to read: at every document, and every `context` tokens inside it.
+
+    Windows cut anywhere would ask the model to guess names whose introduction it cannot see.
+    Returns the positions (N + 1,), of which the last is the end of the tokens.
+    """
+    documents = np.flatnonzero(tokens == eot)
+    ends = np.append(documents[1:], len(tokens))
+    cuts = [np.arange(start, end, context) for start, end in zip(documents, ends)]
+    return np.concatenate([*cuts, [len(tokens)]])
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) -> float:
+    """Mean loss in nats over all tokens, each predicted from its own document, up to a context back."""
+    total, device = 0.0, model.wte.weight.device
+    pieces = sorted(zip(cuts, cuts[1:]), key=lambda piece: piece[1] - piece[0])
+    for i in range(0, len(pieces), 64):  # pieces of similar length side by side: little padding
+        rows = [tokens[start : end + 1].tolist() for start, end in pieces[i : i + 64]]
+        idx, target = pad([row[:-1] for row in rows], eot), pad([row[1:] for row in rows], -100)
+        hidden = model(idx.to(device)).flatten(0, 1)
+        target = target.flatten().to(device)
+        total += linear_cross_entropy(hidden, model.head, target, reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+
+def main(cfg: Config) -> dict:
+    run = Run("pretrain", cfg)
+    run.panels = [["loss", "val_loss"], ["grad_norm"]]
+    device = pick_device(cfg.device)
+
+    # ---- data: documents -> one long row of token ids
+    if cfg.data:
+        texts = [text for text in read_text(cfg.data).split("<|endoftext|>") if text.strip()]
+        if len(texts) == 1:  # one document: its last tenth is for validation
+            cut = len(texts[0]) * 9 // 10
+            train_texts, val_texts = [texts[0][:cut]], [texts[0][cut:]]
+        else:
+            train_texts, val_texts = held_out(texts)
+        openings = [text[:20] for text in val_texts[:3]]
+    else:
+        train_texts = documents(cfg.documents, cfg.seed)
+        val_texts = documents(1000, "validation")
+        openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
+    tokenizer = make_tokenizer(cfg.tokenizer, " ".join(train_texts[:20000]), cfg.vocab_size)
+    train = write_tokens(train_texts, tokenizer, run.folder / "train.bin")
+    val = write_tokens(val_texts, tokenizer, run.folder / "val.bin")
+    if min(len(train), len(val)) < cfg.context + 1:
+        raise SystemExit(f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
+                         f"tokens are too few for a context of {cfg.context}")
+    starts, val_cuts = (cut_documents(ids, tokenizer.eot, cfg.context) for ids in (train, val))
+    starts = starts[starts + cfg.context < len(train)]
+    val_bytes = sum(len(text.encode()) for text in val_texts)
+
+    # ---- model and optimizers
+    model = GPT(GPTConfig(tokenizer.n_vocab, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    model.to(device)
+    optimizers = make_optimizers(model, cfg)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "
+          f"the vocabulary, {len(train):,} in the data, {cfg.batch_size * cfg.context:,} a step, "
+          f"{' and '.join(optimizers)} on {device}")
+
+    # ---- training
+    for step in run.steps(cfg.steps, model, tokenizer, **optimizers):
+        rng = np.random.default_rng([cfg.seed, step])
+        rows = [train[i : i + cfg.context + 1] for i in rng.choice(starts, cfg.batch_size)]
+        idx = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
+        hidden = model(idx[:, :-1])  # (B, T, C): what the model knows after reading token t ...
+        target = idx[:, 1:]  # ... and the token t + 1 that it must predict from it
+        loss = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.log(step, loss=loss.item(), grad_norm=grad_norm.item())
+        step_optimizers(optimizers, lr_at(step, cfg.steps, cfg.warmup))
+        run.forwards += 3 * target.numel()  # forward 1, backward 2
+
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            val_loss = validation_loss(model, val, val_cuts, tokenizer.eot)
+            bits = val_loss / math.log(2) * (len(val) - 1) / val_bytes
+            run.log(step, val_loss=val_loss, bits_per_byte=bits)
+            run.say(f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {val_loss:.3f}, "
+                    f"{bits:.3f} bits per byte  {run.elapsed():.0f} s")
+
+    # ---- results
+    prompts = [[tokenizer.eot] + tokenizer.encode(text) for text in openings]
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    replies, _ = generate(model, prompts, 60, stop=tokenizer.eot, generator=generator)
+    texts = [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]
+    samples = "\n\n".join(texts) + "\n"
+    print(samples)
+    run.finish(model, samples)
+    return {"val_loss": val_loss, "bits_per_byte": bits}
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

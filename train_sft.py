@@ -1,0 +1,151 @@
+"""Stage 2 of 5: supervised fine-tuning (SFT). The model learns to answer, many kinds of task at once.
+
+    loss = - mean over the tokens of replies of log p(token | conversation so far)
+
+    trained  the pretrained GPT                              frozen  nothing
+    reads    out/pretrain/ckpt.pt, demonstrations of the town (or --data rows.jsonl)
+    writes   out/sft/: ckpt.pt, log.csv, curve.png, samples.txt
+    run      python train_sft.py
+    expect   TODO
+
+Only the reply is learned, end-of-turn included: the prompt is the user's business, and a model that
+never sees an end never stops. The demonstrations are those of a crowd, mostly good, but some wrong,
+rude or rambling, and SFT imitates them all. Telling good from bad is left to the next stages.
+
+References: Wei et al. 2021 (FLAN: many tasks as instructions), Ouyang et al. 2022 (InstructGPT,
+section 3.5). Differs from them in: size, data, Muon, loss averaged over tokens rather than replies.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from data.chat import encode_chat, encode_prompt, length_batches, pad, sample_replies
+from data.files import held_out, keep_fitting, read_conversations
+from data.tasks import SHOWN, demonstrations
+from data.tokenizer import load_tokenizer
+from gpt import load_model
+from kernels import linear_cross_entropy
+from train_pretrain import Run, lr_at, make_optimizers, parse_config, pick_device, step_optimizers
+
+
+@dataclass
+class Config:
+    # data
+    init: str = ""  # checkpoint to start from ("" = out/pretrain/ckpt.pt)
+    data: str = ""  # JSON or JSONL with conversations ("" = demonstrations of the town)
+    demonstrations: int = 20000  # how many the crowd of the town writes
+    tasks: str = ""  # mixture of kinds, like story:3,one_sum ("" = all, equally)
+    # optimisation
+    batch_size: int = 48  # conversations per step
+    epochs: int = 2  # passes over the data
+    optimizer: str = "auto"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
+    muon_lr: float = 0.01  # peak learning rate of the matrices under Muon
+    lr: float = 3e-3  # peak learning rate of all that AdamW trains
+    weight_decay: float = 0.0  # of matrices and tables
+    warmup: int = 20  # steps until the peak
+    grad_clip: float = 1.0  # largest norm of the gradient
+    # run
+    max_new_tokens: int = 64  # longest reply among the samples
+    seed: int = 0  # everything random follows from it
+    eval_every: int = 100  # steps between validations
+    save_every: int = 200  # steps between the checkpoints that --resume starts from
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    out: str = "out"  # folder of all runs; this one writes to out/sft
+    resume: bool = False  # go on with an interrupted run
+
+
+def sft_loss(model, tokens: torch.Tensor, mask: torch.Tensor, reduction="mean") -> torch.Tensor:
+    """Cross-entropy of the tokens under the mask; tokens (B, T) int64, mask (B, T) bool -> scalar."""
+    hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
+    target, counts = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if that is the reply's
+    # Prompt and padding leave before the head, where most of the arithmetic is.
+    return linear_cross_entropy(hidden[counts], model.head, target[counts], reduction=reduction)
+
+
+def show_mask(tokenizer, row: dict) -> str:
+    """A conversation as text, with [[what is learned]] in brackets."""
+    text = ""
+    for learned, group in groupby(zip(row["mask"], row["ids"]), key=lambda pair: pair[0]):
+        piece = tokenizer.show([token for _, token in group])
+        text += f"[[{piece}]]" if learned else piece
+    return text
+
+
+def main(cfg: Config) -> dict:
+    run = Run("sft", cfg)
+    run.panels = [["loss", "val_loss"], ["grad_norm"]]
+    device = pick_device(cfg.device)
+
+    # ---- model
+    model, checkpoint = load_model(cfg.init or f"{cfg.out}/pretrain/ckpt.pt", device)
+    model.train()
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    optimizers = make_optimizers(model, cfg)
+
+    # ---- data
+    if cfg.data:
+        rows, val_rows = held_out(read_conversations(cfg.data))
+    else:
+        rows = demonstrations(cfg.demonstrations, cfg.seed, cfg.tasks)
+        val_rows = demonstrations(500, "validation", cfg.tasks, split="test")
+    for row in rows + val_rows:
+        row["ids"], row["mask"] = encode_chat(tokenizer, row["messages"])
+    rows = keep_fitting(rows, [len(row["ids"]) for row in rows], model.config.context)
+    val_rows = keep_fitting(val_rows, [len(row["ids"]) for row in val_rows], model.config.context)
+
+    lengths = [len(row["ids"]) for row in rows]
+    batches = []
+    for epoch in range(cfg.epochs):
+        batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
+    used = sum(lengths[i] for batch in batches for i in batch)
+    room = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    print(f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; {1 - used / room:.1%} "
+          f"of the batches is padding. One of them, with [[what is learned]]:\n"
+          f"    {show_mask(tokenizer, rows[0])}")
+
+    def tensors(batch: list[dict]):
+        tokens = pad([row["ids"] for row in batch], tokenizer.pad)  # (B, T)
+        mask = pad([row["mask"] for row in batch], 0).bool()  # (B, T)
+        assert mask.any(1).all(), "a row without a supervised token teaches nothing"
+        return tokens.to(device), mask.to(device)
+
+    # ---- training
+    for step in run.steps(len(batches), model, tokenizer, **optimizers):
+        tokens, mask = tensors([rows[i] for i in batches[step]])
+        loss = sft_loss(model, tokens, mask)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        run.log(step, loss=loss.item(), grad_norm=grad_norm.item())
+        step_optimizers(optimizers, lr_at(step, len(batches), cfg.warmup))
+        run.forwards += 3 * tokens.numel()  # forward 1, backward 2
+
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
+            with torch.no_grad():
+                total = count = 0
+                for start in range(0, len(val_rows), 64):
+                    tokens, mask = tensors(val_rows[start : start + 64])
+                    total += sft_loss(model, tokens, mask, reduction="sum").item()
+                    count += mask.sum().item()
+            run.log(step, val_loss=total / count)
+            run.say(f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {total / count:.3f}  "
+                    f"{run.elapsed():.0f} s")
+
+    # ---- results
+    if cfg.data:
+        shown = [row["messages"][:-1] for row in val_rows[:8]]
+    else:
+        shown = [[{"role": "user", "content": text}] for text in SHOWN]
+    prompts = [encode_prompt(tokenizer, messages) for messages in shown]
+    samples = ""
+    for messages, reply in zip(shown, sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)):
+        samples += f"> {messages[-1]['content']}\n{reply.text}\n\n"
+    print(samples)
+    run.finish(model, samples)
+    return {"val_loss": total / count}
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
