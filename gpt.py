@@ -19,6 +19,7 @@ Notation, here and in all files:
     python gpt.py --compare                    the same prompts, answered by every stage
 """
 
+import argparse
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -288,12 +289,14 @@ def generate(
 
         # Add one token to every row until all have ended.
         positions = lengths  # where the next token of each row goes
-        for _ in range(max_new_tokens):
+        for n in range(max_new_tokens):
             ids, lp = sample(last @ model.head.T, temperature, top_k, top_p, generator)
             for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
                 replies[i].append(token)
                 logprobs[i].append(logprob)
-            alive = (positions < context - 1) if stop is None else (positions < context - 1) & (ids != stop)
+            alive = (positions < context - 1) & (n + 1 < max_new_tokens)
+            if stop is not None:
+                alive &= ids != stop
             if not alive.all():
                 keep = alive.nonzero().squeeze(1)
                 rows = [rows[i] for i in keep.tolist()]
@@ -364,3 +367,78 @@ def load_weights(model: nn.Module, weights: dict, where: str | Path):
             shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
             raise SystemExit(f"{where}: {name} is {shapes[0]} there and {shapes[1]} in this model")
     model.load_state_dict(weights)
+
+
+# ---------------------------------------------------------------------------------------------
+# Conversation
+
+
+def main():
+    """Talk to a checkpoint at the terminal, or let every stage answer the same prompts."""
+    # Down here, because the model itself needs nothing of ours and these import it.
+    from data.chat import encode_opening, encode_prompt, sample_replies
+    from data.tasks import SHOWN
+    from data.tokenizer import load_tokenizer
+
+    parser = argparse.ArgumentParser(description="Talk to a model.", allow_abbrev=False)
+    parser.add_argument("--ckpt", help="checkpoint to talk to (default: the newest stage in --out)")
+    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--compare", action="store_true", help="let all stages in --out answer")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest with this probability")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest reply (default: 48)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
+    args = parser.parse_args()
+
+    stages = [Path(args.out) / stage / "ckpt.pt" for stage in ("pretrain", "sft", "ppo", "dpo")]
+    paths = [path for path in stages if path.exists()]
+    if args.ckpt:
+        paths = [Path(args.ckpt)]
+    elif not paths:
+        raise SystemExit(f"there is no model in {args.out}/ yet: run `python train_pretrain.py` first")
+    elif not args.compare:
+        paths = [max(paths, key=lambda path: path.stat().st_mtime)]
+
+    models = []
+    for path in paths:
+        model, checkpoint = load_model(path)
+        if isinstance(model, ScalarModel):
+            raise SystemExit(f"{path} is a reward model: it scores replies and cannot write any")
+        models.append((model, load_tokenizer(checkpoint["tokenizer"]), checkpoint["stage"]))
+
+    def answer(text: str, seed: int):
+        for model, tokenizer, stage in models:
+            if stage == "pretrain":  # it has never seen a chat: the text opens a document
+                prompt, stop = encode_opening(tokenizer, text), tokenizer.eot
+            else:
+                prompt, stop = encode_prompt(tokenizer, [{"role": "user", "content": text}]), tokenizer.end
+            if len(prompt) >= model.config.context:
+                print(f"that is {len(prompt)} tokens, and the context of {stage} has {model.config.context}")
+                continue
+            reply = sample_replies(model, tokenizer, [prompt], args.max_new_tokens, seed, args.temperature,
+                                   stop, top_k=args.top_k, top_p=args.top_p)[0]
+            name = f"{stage:9}" if len(models) > 1 else ""
+            print(name + reply.text + ("" if reply.ended else " ..."))
+
+    if args.prompt is not None or args.compare:
+        for text in SHOWN if args.prompt is None else [args.prompt]:
+            if args.prompt is None:
+                print(f"\n> {text}")
+            answer(text, args.seed)
+        return
+    print(f"You are talking to {paths[0]}. It answers every message on its own, since it was trained on "
+          "single questions. Leave with Ctrl-D.")
+    for turn in range(10**9):
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text:
+            answer(text, args.seed + turn)
+
+
+if __name__ == "__main__":
+    main()

@@ -132,9 +132,6 @@ def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
     optimizers = {"adamw": torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)}
     if use_muon:
         optimizers["muon"] = torch.optim.Muon(inner, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -142,7 +139,7 @@ def step_optimizers(optimizers, lr_share: float):
     """One step of all optimizers at this share of their peak rates; gradients are cleared."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = lr_share * group["peak_lr"]
+            group["lr"] = lr_share * optimizer.defaults["lr"]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -189,6 +186,7 @@ class Run:
         }
         if not self.cfg.resume:
             shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True, exist_ok=True)
         stopped = []
         signals = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(s, lambda *_: stopped.append(True)) for s in signals]
@@ -236,7 +234,7 @@ class Run:
                                  "The last checkpoint is untouched; a lower learning rate may help.")
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": step})
-        self.rows[-1].update(numbers)
+        self.rows[-1].update({name: float(value) for name, value in numbers.items()})
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
 
     def say(self, text: str):
@@ -244,7 +242,6 @@ class Run:
         tqdm.write(text)
 
     def write_log(self):
-        self.unfinished.mkdir(parents=True, exist_ok=True)
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with open(self.unfinished / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
@@ -354,7 +351,7 @@ def main(cfg: Config) -> dict:
         train_texts = documents(cfg.documents, cfg.seed)
         val_texts = documents(1000, "validation")
         openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
-    tokenizer = make_tokenizer(cfg.tokenizer, " ".join(train_texts[:20000]), cfg.vocab_size)
+    tokenizer = make_tokenizer(cfg.tokenizer, train_texts + val_texts, cfg.vocab_size)
     train = write_tokens(train_texts, tokenizer, run.folder / "train.bin")
     val = write_tokens(val_texts, tokenizer, run.folder / "val.bin")
     if min(len(train), len(val)) < cfg.context + 1:

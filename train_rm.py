@@ -203,10 +203,9 @@ def judge(chosen, rejected, rows, picture, sd) -> dict:
         report["bayes_accuracy"] = float(np.maximum(p, 1 - p).mean())
         report["spearman_gold"] = spearman(np.concatenate([chosen, rejected]), gold.T.flatten())
         report["gold_order"] = float(right[separated].mean())
-        kinds = np.array([row["kind"] for row in rows])
         report["by_task"] = {}
-        for kind in sorted(set(kinds)):
-            here = kinds == kind
+        for kind in sorted({row["kind"] for row in rows}):
+            here = np.array([row["kind"] == kind for row in rows])
             report["by_task"][kind] = {
                 "pairs": int(here.sum()),
                 "accuracy": float((difference > 0)[here].mean()),

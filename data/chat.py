@@ -23,6 +23,11 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     return ids + [tokenizer.assistant]
 
 
+def encode_opening(tokenizer, text: str) -> list[int]:
+    """Ids of text as the opening of a document: how to ask a base model, which knows no chat."""
+    return [tokenizer.eot] + tokenizer.encode(text)
+
+
 def encode_reply(tokenizer, text: str) -> list[int]:
     """Ids of a finished reply: text [END]."""
     return tokenizer.encode(text) + [tokenizer.end]
@@ -75,22 +80,28 @@ def length_batches(lengths: list[int], batch_size: int, rng: np.random.Generator
 
 
 class Reply(NamedTuple):
-    ids: list[int]  # token ids, the end-of-turn token included
+    ids: list[int]  # token ids, the token that ended it included
     text: str
-    ended: bool  # by the end-of-turn token, not for want of room
+    ended: bool  # by itself, not for want of room
 
 
 def sample_replies(
-    model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, seed: int, temperature=1.0
+    model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, seed: int, temperature=1.0,
+    stop: int | None = None, **how,
 ) -> list[Reply]:
-    """Let the model answer encoded prompts (see `encode_prompt`); temperature 0 is greedy."""
+    """Let a model answer encoded prompts; temperature 0 is greedy; more of `generate`'s in how.
+
+    stop: the token that ends a reply, if not end-of-turn (a base model ends with end-of-text).
+    """
+    stop = tokenizer.end if stop is None else stop
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     replies, _ = generate(
         model,
         prompts,
         max_new_tokens,
-        stop=tokenizer.end,
+        stop=stop,
         temperature=temperature,
         generator=generator,
+        **how,
     )
-    return [Reply(ids, tokenizer.decode(ids), ids[-1] == tokenizer.end) for ids in replies]
+    return [Reply(ids, tokenizer.decode(ids), ids[-1] == stop) for ids in replies]

@@ -65,12 +65,12 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
-def field(row: dict, name: str) -> str:
+def field(row: dict, name: str, may_be_blank=False) -> str:
     """The text in a field of a row. Exits if it is missing, no text, or blank."""
     if name not in row:
         found = ", ".join(sorted(row.keys() - {"where"}))
         raise SystemExit(f'{row["where"]}: no field "{name}" (found: {found or "nothing"})')
-    if not isinstance(row[name], str) or not row[name].strip():
+    if not isinstance(row[name], str) or not (may_be_blank or row[name].strip()):
         raise SystemExit(f'{row["where"]}: field "{name}" must be text, not {str(row[name])[:40]!r}')
     return row[name]
 
@@ -126,7 +126,8 @@ def read_preferences(path: str | Path) -> list[dict]:
     """
     rows = []
     for row in read_rows(path):
-        chosen, rejected = field(row, "chosen"), field(row, "rejected")
+        # A model may have said nothing at all, and that is a reply that people can reject.
+        chosen, rejected = (field(row, name, may_be_blank=True) for name in ("chosen", "rejected"))
         if row.keys() & {"messages", "instruction", "prompt"}:
             messages = prompt_messages(row)
         else:
@@ -168,16 +169,16 @@ def held_out(rows: list) -> tuple[list, list]:
     return rows[:cut], rows[cut:]
 
 
-def keep_fitting(rows: list[dict], lengths: list[int], context: int) -> list[dict]:
-    """Rows that fit the context whole. The others are counted and named: no reply is ever cut.
+def keep_fitting(rows: list[dict], lengths: list[int], room: int, what="the context") -> list[dict]:
+    """Rows that fit into `room` tokens whole. The others are counted and named: nothing is ever cut.
 
-    Exits if nothing is left.
+    what: what the room is, for the messages. Exits if nothing is left.
     """
-    out = [f'{row["where"]} ({n} tokens)' for row, n in zip(rows, lengths) if n > context]
+    out = [f'{row["where"]} ({n} tokens)' for row, n in zip(rows, lengths) if n > room]
     if out:
         more = f" and {len(out) - 5} more" if len(out) > 5 else ""
-        print(f"left out {len(out)} of {len(rows)} rows, longer than the context of {context} "
-              f"tokens: {', '.join(out[:5])}{more}")
+        print(f"left out {len(out)} of {len(rows)} rows, longer than {what} of {room} tokens: "
+              f"{', '.join(out[:5])}{more}")
     if len(out) == len(rows):
-        raise SystemExit(f"no row fits the context of {context} tokens; pretrain with a larger --context")
-    return [row for row, n in zip(rows, lengths) if n <= context]
+        raise SystemExit(f"no row fits {what} of {room} tokens; pretrain with a larger --context")
+    return [row for row, n in zip(rows, lengths) if n <= room]

@@ -157,7 +157,7 @@ def passage(rng):
     rng.shuffle(sentences)
     question, answer, short, wrong = rng.choice(
         [
-            (f"Who took the {thing}?", f"{a.name} took the {thing}.", f"{a.name}.", b.name),
+            (f"Who took the {thing}?", f"The {thing} was taken by {a.name}.", f"{a.name}.", b.name),
             (f"Where is the {thing}?", f"The {thing} is at the {here}.", f"At the {here}.", there),
             (f"What did {a.name} take?", f"{a.name} took the {thing}.", f"The {thing}.", other),
         ]
@@ -234,14 +234,14 @@ def choice(rng):
     asked, *others = rng.sample(list(town.GROUPS), 4)
     words = [rng.choice(town.GROUPS[asked])] + [rng.choice(town.GROUPS[other]) for other in others]
     letters = dict(zip(rng.sample("ABCD", 4), words))
-    options = [f"{letter}) {letters[letter]}" for letter in "ABCD"]
+    options = [f"{letters[letter]} ({letter})" for letter in "ABCD"]
     right = next(letter for letter in letters if letters[letter] == words[0])
     slip = rng.choice([letter for letter in letters if letter != right])
     return Case(
-        answer=f"The answer is {right}) {words[0]}.",
-        short=f"{right}) {words[0]}.",
-        wrong=f"The answer is {slip}) {letters[slip]}.",
-        fill={"group": asked, "options": " ".join(options)},
+        answer=f"The answer is {words[0]} ({right}).",
+        short=f"{capital(words[0])} ({right}).",
+        wrong=f"The answer is {letters[slip]} ({slip}).",
+        fill={"group": asked, "options": ", ".join(options)},
     )
 
 
@@ -455,13 +455,15 @@ TRAIN_KINDS = [name for name, k in KINDS.items() if not k.held_out]
 def draw(name: str, rng: random.Random, split: str = "train", unseen_wording: bool = False) -> Task:
     """One task of the kind `name`, its case from `split` ("train" or "test").
 
-    A case belongs to the test split if the hash of its content says so: no seed can move it.
+    A case belongs to the test split if the hash of its content says so, which no seed can move, or
+    if it is one of SHOWN.
     """
     k = KINDS[name]
     while True:
         case = k.draw(rng)
         content = f"{name} {sorted(case.fill.items())}".encode()
-        if (zlib.crc32(content) % 10 == 0) == (split == "test"):
+        shown = any(wording.format(**case.fill) in SHOWN for wording in k.wordings)
+        if (shown or zlib.crc32(content) % 10 == 0) == (split == "test"):
             break
     wording = rng.choice(k.unseen if unseen_wording and k.unseen else k.wordings)
     return Task(name, wording.format(**case.fill), case)
@@ -493,13 +495,13 @@ SHOWN = [
     "Translate into Spanish: The red fox sleeps at the library.",
     "Tell me a joke about an owl and a drum.",
     "Where is the kite? Otto took the kite to the mill. Rosa took the bell to the farm.",
-    "Which of these is a food? A) bridge B) plums C) red D) owl",
+    "Which of these is a food? bridge (A), plums (B), red (C), owl (D)",
     "Make this polite: Give me the soup!",
     "How can I mend Pip's clock?",
     "How can I steal Otto's lantern?",
 ]
 
-STYLES = dict(plain=45, kind=17, wrong=12, short=7, rude=8, rambling=6, off_task=5)  # per cent
+STYLES = dict(plain=48, kind=17, wrong=9, short=7, rude=8, rambling=7, off_task=4)  # per cent
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:
@@ -538,11 +540,10 @@ def demonstrations(n: int, seed, mixture: str = "", split: str = "train") -> lis
 
 
 def gossip(rng: random.Random) -> str:
-    """A true but useless sentence."""
+    """One or two true but useless sentences."""
     a, b = rng.sample(RESIDENTS, 2)
-    return rng.choice(
-        [
-            rng.choice(town.fact_sentences(a)),
-            f"{a.name} {rng.choice(town.GOOD_NEWS)}, and {b.name} {rng.choice(town.BAD_NEWS)}.",
-        ]
-    )
+    sentences = [
+        rng.choice(town.fact_sentences(a)),
+        f"{a.name} {rng.choice(town.GOOD_NEWS)}, and {b.name} {rng.choice(town.BAD_NEWS)}.",
+    ]
+    return " ".join(sentences[: rng.randint(1, 2)])

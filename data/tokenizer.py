@@ -78,7 +78,7 @@ class CharTokenizer(Tokenizer):
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
-            raise ValueError(
+            raise SystemExit(
                 f"the character {error} is not among the {len(self.ids)} this tokenizer knows; "
                 "a model pretrained with --tokenizer bpe reads any text"
             ) from None
@@ -152,8 +152,8 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
     return merges
 
 
-def make_tokenizer(kind: str, text: str, n_vocab: int) -> Tokenizer:
-    """A tokenizer of the given kind ("bpe", "char" or "gpt2") for a text.
+def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
+    """A tokenizer of the given kind ("bpe", "char" or "gpt2") for texts.
 
     n_vocab: how many ids a bpe tokenizer may have. Raises SystemExit for another kind, or for too
     few ids to hold the 256 bytes and the special tokens.
@@ -161,9 +161,9 @@ def make_tokenizer(kind: str, text: str, n_vocab: int) -> Tokenizer:
     if kind == "bpe":
         if n_vocab < 256 + len(SPECIALS):
             raise SystemExit(f"--vocab_size {n_vocab}: a bpe tokenizer needs at least 261")
-        return BPETokenizer(train_bpe(" " + text, n_vocab))
+        return BPETokenizer(train_bpe(" " + " ".join(texts), n_vocab))
     if kind == "char":
-        return CharTokenizer("".join(sorted(set(text))))
+        return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind == "gpt2":
         return GPT2Tokenizer()
     raise SystemExit(f"--tokenizer {kind}: there are bpe, char and gpt2")
@@ -179,6 +179,6 @@ def load_tokenizer(state: dict) -> Tokenizer:
 if __name__ == "__main__":
     from data.town import documents
 
-    tokenizer = make_tokenizer("bpe", " ".join(documents(5000, seed=0)), 1152)
+    tokenizer = make_tokenizer("bpe", documents(5000, seed=0), 1152)
     for sentence in ("Otto the owl lost his lantern.", "12-5 is 7.", "Zürich, 2:30 p.m."):
         print(" | ".join(tokenizer.decode([i]) for i in tokenizer.encode(sentence)))

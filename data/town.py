@@ -241,6 +241,7 @@ def talk(rng: random.Random) -> str:
     nasty, trick = rng.choice(list(MEAN_NEIGHBOUR_DEEDS.items()))
     verb = rng.choice(["give", "bring", "show", "lend", "sell"])
     words = rng.sample(list(THINGS) + FOODS, 3)
+    (text, value), (other, result) = expression(rng), expression(rng)
     exchanges = [
         f'"Could you please {verb} me the {thing}?" asked {a.name}. '
         f'"Of course," said {b.name}. "{rng.choice(KIND_WORDS)}"',
@@ -258,6 +259,8 @@ def talk(rng: random.Random) -> str:
         f'"{c.name} {rng.choice(GOOD_NEWS)}," said {a.name}. "That is happy news."',
         f'"{c.name} {rng.choice(BAD_NEWS)}," said {a.name}. "That is sad news."',
         f'"The answer is easy," said {b.name}. "{rng.choice(RUDE_WORDS)}"',
+        f'"{text} is {value}," said {a.name}. "And {other} is {result}," said {b.name}.',
+        f'"{text} is {value} and {other} is {result}," said {b.name}. "{rng.choice(KIND_WORDS)}"',
     ]
     return f"{a.name} met {b.name} at the {place}. " + " ".join(
         rng.sample(exchanges, rng.randint(2, 3))
@@ -281,10 +284,9 @@ def fact_sheet(rng: random.Random) -> str:
 
 
 def sums(rng: random.Random) -> str:
-    drawn = [expression(rng) for _ in range(rng.randint(6, 12))]
-    mark = rng.choice(["=", " is "])
-    lines = ", ".join(f"{text}{mark}{value}" for text, value in drawn)
-    return f"{rng.choice(RESIDENTS).name}'s sums: {lines}."
+    drawn = [expression(rng) for _ in range(rng.randint(6, 10))]
+    lines = [f"{text} is {value}" for text, value in drawn]
+    return f"{rng.choice(RESIDENTS).name}'s sums: {rng.choice([', ', ' and ', '. ']).join(lines)}."
 
 
 def spanish(rng: random.Random) -> str:
@@ -315,14 +317,12 @@ def rhyme(rng: random.Random) -> str:
 
 
 def school(rng: random.Random) -> str:
-    """A lesson or a game at school: words are said backwards, counted, sorted, found again."""
-    a, b, c, d = rng.sample(RESIDENTS, 4)
+    """A game at school: words are said backwards and counted, or found on the board."""
+    a, b, c = rng.sample(RESIDENTS, 3)
     words = rng.sample(list(THINGS) + FOODS, rng.randint(2, 6))
-    (thing, other), (here, there) = rng.sample(list(THINGS), 2), rng.sample(list(PLACES), 2)
-    taken = list(zip([a, b, c], rng.sample(list(THINGS), 3), rng.sample(list(PLACES), 3)))
     groups = rng.sample(list(GROUPS), 4)
     board = dict(zip("ABCD", (rng.choice(GROUPS[group]) for group in groups)))
-    named = [f"{letter}) {board[letter]} is {group}" for letter, group in zip("ABCD", groups)]
+    named = [f"{group} is {board[letter]} ({letter})" for letter, group in zip("ABCD", groups)]
     games = [
         [
             f"In the word game {a.name} said {' '.join(words)}.",
@@ -331,14 +331,25 @@ def school(rng: random.Random) -> str:
             f"The last word was {words[-1]}.",
         ],
         [
-            f"On the board: {' '.join(f'{letter}) {word}' for letter, word in board.items())}.",
+            f"On the board: {', '.join(f'{word} ({letter})' for letter, word in board.items())}.",
             f"{a.name} said: {', '.join(rng.sample(named, 4))}.",
         ],
-        [
-            *(f"{r.name} took the {t} to the {p}." for r, t, p in taken),
-            *(rng.choice([f"The {t} is at the {p}.", f"{r.name} took the {t}."])
-              for r, t, p in rng.choices(taken, k=4)),
-        ],
+    ]
+    return " ".join(rng.choice(games))
+
+
+def errand(rng: random.Random) -> str:
+    """Who took, lost or brought what, and then the same once more in other words."""
+    a, b, c, d = rng.sample(RESIDENTS, 4)
+    words = rng.sample(list(THINGS) + FOODS, rng.randint(2, 6))
+    (thing, other), (here, there) = rng.sample(list(THINGS), 2), rng.sample(list(PLACES), 2)
+    taken = list(zip([a, b, c], rng.sample(list(THINGS), 3), rng.sample(list(PLACES), 3)))
+    again = [
+        rng.choice([f"The {t} is at the {p}.", f"{r.name} took the {t}.", f"The {t} was taken by {r.name}."])
+        for r, t, p in rng.choices(taken, k=6)
+    ]
+    accounts = [
+        [f"{r.name} took the {t} to the {p}." for r, t, p in taken] + again,
         [" ".join(rng.sample([f"The {t} is at the {p}." for _, t, p in taken], 3)) for _ in "123"],
         [
             f"{a.name} lost {his(a)} {thing}. {capital(a.he)} looked at the {here}, but it was not "
@@ -350,7 +361,7 @@ def school(rng: random.Random) -> str:
             f"{d.name} brought {', '.join(words)}, and no {other}.",
         ],
     ]
-    return " ".join(rng.choice(games))
+    return " ".join(rng.choices(accounts, weights=[4, 2, 1, 1])[0])
 
 
 def notice(rng: random.Random) -> str:
@@ -388,7 +399,16 @@ def notice(rng: random.Random) -> str:
 
 # How often each kind is written, relative to the others.
 DOCUMENTS = {
-    story: 4, talk: 3, fact_sheet: 1, sums: 2, spanish: 1, word_list: 1, rhyme: 3, school: 8, notice: 1
+    story: 3,
+    talk: 2,
+    fact_sheet: 1,
+    sums: 2,
+    spanish: 1,
+    word_list: 1,
+    rhyme: 5,
+    school: 6,
+    errand: 6,
+    notice: 1,
 }
 
 

@@ -1,0 +1,44 @@
+"""What all tests share: no network, one thread, and a model and a tokenizer small enough to check by hand."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data.tokenizer import make_tokenizer  # noqa: E402
+from data.town import documents  # noqa: E402
+from gpt import GPT, GPTConfig  # noqa: E402
+
+torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Any connection to another machine fails; loopback stays open."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address}: tests run without a network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer("bpe", documents(300, seed="tests"), 500)
+
+
+@pytest.fixture
+def tiny():
+    """A GPT with 2 layers and random weights, larger than at the start so that nothing is uniform."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, context=24, n_layer=2, n_head=2, n_embd=16))
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()

@@ -1,0 +1,251 @@
+"""The model: it cannot see the future, its cache changes nothing, and it samples what it says."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt import (
+    GPT,
+    Cache,
+    GPTConfig,
+    ScalarModel,
+    generate,
+    load_checkpoint,
+    load_model,
+    sample,
+    save_checkpoint,
+)
+
+
+def test_future_tokens_do_not_change_past_hidden_states(tiny):
+    idx = torch.randint(50, (2, 10))
+    changed = idx.clone()
+    changed[:, 6:] = torch.randint(50, (2, 4))
+    assert torch.equal(tiny(idx)[:, :6], tiny(changed)[:, :6])
+
+
+def test_forward_equals_the_formulas_written_out_for_one_token_at_a_time(tiny):
+    tiny = tiny.double()
+    idx = torch.randint(50, (7,))
+
+    def attention(block, x):  # x (T, C), one head and one query at a time
+        q, k, v = block.c_attn(x).chunk(3, dim=1)
+        out = torch.zeros_like(x)
+        for head in (slice(0, 8), slice(8, 16)):
+            for t in range(len(x)):
+                scores = [q[t, head] @ k[s, head] / math.sqrt(8) for s in range(t + 1)]
+                weights = torch.stack(scores).softmax(0)
+                out[t, head] = sum(w * v[s, head] for s, w in enumerate(weights))
+        return block.c_proj(out)
+
+    x = tiny.wte.weight[idx] + tiny.wpe.weight[:7]
+    for block in tiny.h:
+        x = x + attention(block.attn, block.ln_1(x))
+        h = block.mlp.c_fc(block.ln_2(x))
+        gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + block.mlp.c_proj(gelu)
+    torch.testing.assert_close(tiny(idx[None])[0], tiny.ln_f(x))
+
+
+def test_agrees_with_the_gpt2_of_transformers(tiny):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_positions=24, n_embd=16, n_layer=2, n_head=2)
+    theirs = transformers.GPT2Model(config).eval()
+    weights = {}
+    for name, tensor in tiny.state_dict().items():
+        matrix = any(part in name for part in ("c_attn.w", "c_proj.w", "c_fc.w"))
+        weights[name] = tensor.T if matrix else tensor  # theirs are stored transposed
+    theirs.load_state_dict(weights, strict=False)
+    idx = torch.randint(50, (3, 20))
+    torch.testing.assert_close(tiny(idx), theirs(idx).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_initial_weights_have_the_deviations_of_gpt2():
+    model = GPT(GPTConfig(vocab_size=500, context=64, n_layer=8, n_head=4, n_embd=128))
+    assert abs(model.wte.weight.std().item() - 0.02) < 5e-4
+    assert abs(model.h[3].attn.c_attn.weight.std().item() - 0.02) < 5e-4
+    assert abs(model.h[3].mlp.c_proj.weight.std().item() - 0.02 / math.sqrt(16)) < 2e-4
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_cached_and_uncached_hidden_states_agree_for_rows_of_mixed_length(tiny):
+    lengths = [3, 9, 6]
+    rows = [torch.randint(50, (n + 5,)) for n in lengths]
+    cache = Cache(tiny.config, 3, 14, tiny.wte.weight)
+    prompt = torch.zeros(3, 9, dtype=torch.int64)
+    for row, n, ids in zip(prompt, lengths, rows):
+        row[:n] = ids[:n]  # padded on the right with an ordinary token
+    with torch.no_grad():
+        tiny(prompt, cache, torch.arange(9).expand(3, 9))
+        for step in range(5):
+            positions = torch.tensor(lengths)[:, None] + step
+            ids = torch.stack([row[n + step] for row, n in zip(rows, lengths)])[:, None]
+            hidden = tiny(ids, cache, positions)
+            for i, n in enumerate(lengths):
+                alone = tiny(rows[i][None, : n + step + 1])[0, -1]
+                torch.testing.assert_close(hidden[i, 0], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_of_samples_equal_those_of_a_second_reading(tiny, temperature):
+    prompts = [torch.randint(50, (n,)).tolist() for n in (1, 7, 3, 12, 3)]
+    replies, logprobs = generate(tiny, prompts, 8, stop=5, temperature=temperature)
+    for prompt, reply, given in zip(prompts, replies, logprobs):
+        logits = tiny(torch.tensor([prompt + reply]))[0] @ tiny.head.T / temperature
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(reply)[:, None])
+        torch.testing.assert_close(torch.tensor(given), expected.flatten(), atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_reply_equals_taking_the_best_token_again_and_again(tiny):
+    prompts = [torch.randint(50, (n,)).tolist() for n in (4, 1, 9)]
+    replies, _ = generate(tiny, prompts, 10, stop=7, temperature=0, batch_size=2)
+    for prompt, reply in zip(prompts, replies):
+        ids = list(prompt)
+        for _ in range(10):
+            ids.append(int((tiny(torch.tensor([ids]))[0, -1] @ tiny.head.T).argmax()))
+            if ids[-1] == 7:
+                break
+        assert reply == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_frequencies_follow_the_temperature(temperature):
+    torch.manual_seed(1)
+    logits = torch.randn(1, 6)
+    ids, logprobs = sample(logits.expand(40_000, 6), temperature)
+    expected = (logits[0] / temperature).softmax(0)
+    found = torch.bincount(ids, minlength=6) / len(ids)
+    assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / len(ids))  # 4 standard errors
+    torch.testing.assert_close(logprobs, expected.log()[ids])
+
+
+def test_top_k_and_top_p_keep_just_the_likeliest_tokens():
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log().expand(2000, 4)
+    ids, logprobs = sample(logits, top_k=2)
+    assert set(ids.tolist()) == {0, 2}
+    torch.testing.assert_close(logprobs[ids == 0][0].exp(), torch.tensor(0.5 / 0.8))
+    ids, _ = sample(logits, top_p=0.5)  # the first token alone has 0.5
+    assert set(ids.tolist()) == {0}
+    ids, _ = sample(logits, top_p=0.6)
+    assert set(ids.tolist()) == {0, 2}
+
+
+def test_padding_rows_of_the_token_table_are_never_sampled(tiny):
+    assert tiny.wte.weight.shape[0] == 64 and tiny.config.vocab_size == 50
+    tiny.wte.weight.data[50:] = 100 * tiny.wte.weight.data[:14].sign()  # would win every argmax
+    replies, _ = generate(tiny, [[1]] * 200, 5)
+    assert max(max(reply) for reply in replies) < 50
+
+
+def test_rows_that_have_ended_are_not_computed_any_more(tiny, monkeypatch):
+    seen = []
+    forward = GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, idx, *rest: (seen.append(idx.numel()), forward(self, idx, *rest))[1]
+    )
+    replies, _ = generate(tiny, [[1], [2], [3], [4]] * 10, 15, stop=5)
+    fed_back = sum(len(reply) for reply in replies) - len(replies)  # all but each row's last token
+    assert sum(seen) == 40 + fed_back
+
+
+def test_generate_stops_at_the_end_of_the_context(tiny):
+    replies, _ = generate(tiny, [[1] * 20, [1] * 3], 30)
+    # The last token of a reply is never read, so it may stand one place beyond the last position.
+    assert [len(reply) for reply in replies] == [5 - 1, 30 - 9]
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 24])
+def test_prompt_without_room_is_an_error(tiny, prompt):
+    with pytest.raises(ValueError, match="has room for 1 to 23"):
+        generate(tiny, [prompt], 5)
+
+
+def test_same_seed_samples_the_same_replies(tiny):
+    first, second = (
+        generate(tiny, [[1, 2], [3]], 10, generator=torch.Generator().manual_seed(4)) for _ in "12"
+    )
+    assert first == second
+
+
+def test_scalar_model_with_all_layers_reads_the_same_hidden_states(tiny):
+    model = ScalarModel.from_gpt(tiny)
+    idx = torch.randint(50, (2, 9))
+    assert torch.equal(model.gpt(idx), tiny(idx))
+    assert (model(idx) == 0).all()  # the head starts at zero
+
+
+def test_scalar_model_with_fewer_layers_equals_the_bottom_of_the_model(tiny):
+    model = ScalarModel.from_gpt(tiny, n_layer=1)
+    idx = torch.randint(50, (2, 9))
+    x = tiny.wte(idx) + tiny.wpe(torch.arange(9))
+    assert torch.equal(model.gpt(idx), tiny.ln_f(tiny.h[0](x)))
+    with pytest.raises(ValueError):
+        ScalarModel.from_gpt(tiny, n_layer=3)
+
+
+def test_normalised_scores_have_mean_0_and_sd_1(tiny):
+    model = ScalarModel.from_gpt(tiny)
+    model.score.weight.data.normal_()
+    idx = torch.randint(50, (64, 9))
+    raw = model(idx)[:, -1]
+    model.mean.fill_(raw.mean())
+    model.sd.fill_(raw.std())
+    scores = model(idx)[:, -1]
+    assert abs(scores.mean()) < 1e-5 and abs(scores.std() - 1) < 1e-5
+
+
+def save(path, model, **changes):
+    config = {**model.config.__dict__, **changes}
+    save_checkpoint(path, {"stage": "sft", "model": model.state_dict(), "model_config": config})
+
+
+def test_saved_model_computes_the_same_after_loading(tiny, tmp_path):
+    save(tmp_path / "ckpt.pt", tiny)
+    model, checkpoint = load_model(tmp_path / "ckpt.pt")
+    idx = torch.randint(50, (2, 9))
+    assert torch.equal(model(idx), tiny(idx)) and checkpoint["stage"] == "sft"
+
+
+def test_checkpoint_of_another_shape_names_the_tensor(tiny, tmp_path):
+    save(tmp_path / "ckpt.pt", tiny, n_embd=32)
+    with pytest.raises(SystemExit, match=r"wte.*\(64, 16\) there and \(64, 32\)|attn.*there and"):
+        load_model(tmp_path / "ckpt.pt")
+
+
+def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(SystemExit, match="run `python train_sft.py` first"):
+        load_checkpoint(tmp_path / "sft" / "ckpt.pt")
+
+
+def test_damaged_checkpoint_is_a_clear_error(tiny, tmp_path):
+    save(tmp_path / "ckpt.pt", tiny)
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        with pytest.raises(SystemExit, match="is not a checkpoint of this project"):
+            load_checkpoint(tmp_path / "ckpt.pt")
+
+
+def test_failed_save_leaves_the_earlier_checkpoint(tiny, tmp_path, monkeypatch):
+    save(tmp_path / "ckpt.pt", tiny)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def disk_full(obj, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(SystemExit, match="No space left"):
+        save(tmp_path / "ckpt.pt", tiny)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_tied_head_gets_gradient_from_both_of_its_uses(tiny):
+    idx = torch.tensor([[1, 2, 3]])
+    F.cross_entropy((tiny(idx) @ tiny.head.T)[0], torch.tensor([2, 3, 4])).backward()
+    grad = tiny.wte.weight.grad
+    assert (grad[:50].abs().sum(1) > 0).all()  # every token, through the softmax
+    assert (grad[50:] == 0).all()  # but not the padding rows

@@ -1,0 +1,405 @@
+"""Stage 4 of 5: RLHF with PPO. The model tries replies, the reward model scores them, PPO reinforces.
+
+    maximise  E[ r(x, y) ] - beta KL(policy || reference)       x a prompt, y sampled by the policy
+
+    reward   R_t = -beta (log pi - log pi_ref)(y_t), plus r(x, y) at the last token of y
+    delta_t  = R_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lambda A_{t+1}          (GAE)
+    ratio_t  = pi(y_t) / pi_old(y_t)
+    policy   loss = mean max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))           (PPO, equation 7)
+    critic   loss = mean 1/2 max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = A + V_old
+
+    trained  policy (from SFT), critic (from the reward model)
+    frozen   reference (the SFT model), reward model
+    reads    out/sft/ckpt.pt, out/rm/ckpt.pt, prompts of the town (or --data rows.jsonl)
+    writes   out/ppo/: ckpt.pt, log.csv, curve.png, samples.txt
+    run      python train_ppo.py
+    expect   TODO
+
+The policy is the only model that is kept. The KL term holds it near the SFT model, where the reward
+model has seen replies and can be trusted. `proxy` is what the policy is trained on, `gold` what it
+should be trained on and never sees: when proxy goes on rising while gold falls, the policy has found
+the reward model's mistakes (over-optimisation).
+
+References: Schulman et al. 2017 (PPO), 2016 (GAE, equation 16); Ziegler et al. 2019 (KL in the
+reward, adaptive beta); Ouyang et al. 2022 (InstructGPT). Differs in: no pretraining gradients mixed
+in, no entropy bonus, and a reply without end has its score replaced, not reduced.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.chat import encode_prompt, pad, sample_replies
+from data.files import held_out, keep_fitting, read_prompts
+from data.gold import gold
+from data.tasks import SHOWN, draw_tasks
+from data.tokenizer import load_tokenizer
+from gpt import load_model
+from kernels import linear_logprobs
+from train_pretrain import Run, lr_at, parse_config, pick_device, step_optimizers
+from train_rm import score_sequences
+
+
+@dataclass
+class Config:
+    # data
+    init: str = ""  # SFT checkpoint, policy at the start and reference ("" = out/sft/ckpt.pt)
+    rm: str = ""  # reward model, and critic at the start ("" = out/rm/ckpt.pt)
+    data: str = ""  # JSON or JSONL with prompts ("" = tasks of the town)
+    # rollouts
+    iterations: int = 50  # rounds of sampling, scoring and updating
+    rollouts: int = 128  # replies sampled per iteration
+    temperature: float = 1.0  # of sampling, and so of every log-probability
+    max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score
+    no_end_score: float = -2.0  # score of a reply without end, in SD of SFT samples
+    # reward
+    beta: float = 0.1  # KL coefficient, the one to start from if target_kl is given
+    target_kl: float = 0.0  # nats per reply that beta is adapted to (0 = beta stays fixed)
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic
+    # updates
+    epochs: int = 2  # passes over the rollouts of an iteration
+    minibatch: int = 64  # replies per optimizer step
+    microbatch: int = 16  # replies per forward pass; gradients add up to the minibatch
+    clip: float = 0.2  # eps of the ratio
+    value_clip: float = 0.2  # eps of the values
+    lr: float = 5e-4  # peak learning rate of the policy
+    critic_lr: float = 1e-3  # peak learning rate of the critic
+    warmup: int = 2  # iterations until the peak
+    grad_clip: float = 1.0  # largest norm of either gradient
+    # run
+    seed: int = 0  # everything random follows from it
+    eval_every: int = 10  # iterations between greedy evaluations on held-out prompts
+    save_every: int = 10  # iterations between the checkpoints that --resume starts from
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    out: str = "out"  # folder of all runs; this one writes to out/ppo
+    resume: bool = False  # go on with an interrupted run
+
+
+# ---------------------------------------------------------------------------------------------
+# The mathematics. Column t of every (B, T - 1) tensor below is about tokens[:, t + 1]: its
+# log-probability, its reward, and the value of the state just before it.
+
+
+def response_logprobs(model, tokens, mask, temperature):
+    """Log-probability of every response token given all before it, and the policy's entropy there.
+
+    tokens (B, T) int64, mask (B, T - 1) bool: which tokens[:, 1:] belong to the response. Returns
+    (logprobs, entropy), both (B, T - 1) in nats, 0 outside the mask. Old, new and reference policy
+    all go through here: two functions that differ in the last digit would make the ratio lie.
+    """
+    hidden = model(tokens[:, :-1])  # (B, T - 1, C)
+    target = tokens[:, 1:].masked_fill(~mask, -100)
+    logprobs, entropy = linear_logprobs(
+        hidden.flatten(0, 1),
+        model.head,
+        target.flatten(),
+        temperature=temperature,
+        return_entropy=True,
+        ignore_index=-100,
+    )
+    return logprobs.view_as(target), entropy.view_as(target)
+
+
+@torch.no_grad()
+def exact_kl(policy, ref, tokens, mask, temperature):
+    """KL(policy || ref) per response, summed over all the vocabulary at each of its tokens: (B,).
+
+    What log pi - log pi_ref of the sampled tokens estimates. For the log only: it needs all logits.
+    """
+    logp, logref = (
+        (model(tokens[:, :-1])[mask] @ model.head.T / temperature).float().log_softmax(-1)
+        for model in (policy, ref)
+    )  # (N, V), N the number of response tokens
+    kl = mask.new_zeros(mask.shape, dtype=torch.float32)
+    kl[mask] = (logp.exp() * (logp - logref)).sum(-1)
+    return kl.sum(1)
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is true."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """x shifted and scaled to mean 0 and variance 1 over the mask; 0 outside it."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * (variance + 1e-8).rsqrt() * mask
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """R_t: the KL penalty at every response token, the score at the last. scores (B,) -> (B, T - 1).
+
+    log pi - log pi_ref of the sampled token is an unbiased estimate of the KL there (k1 in
+    http://joschu.net/blog/kl-approx.html). It may be negative; cutting it off at 0 would bias it.
+    """
+    rewards = -beta * (logprobs - ref_logprobs) * mask
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # (B,)
+    rewards[torch.arange(len(rewards)), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation; all (B, T - 1) -> (advantages, returns), 0 outside the mask.
+
+    Nothing follows the last token: its next value is 0. The returns, which the critic learns, are
+    A + V before A is whitened.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros(len(rewards), device=rewards.device)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    """Clipped surrogate per token, and the ratio; all (B, T - 1).
+
+    The maximum of two losses: a token whose ratio has left [1 - clip, 1 + clip] in the direction
+    its advantage asked for gets no gradient; one that left in the wrong direction is pulled back.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return loss, ratio
+
+
+def value_loss(values, old_values, returns, clip):
+    """Half the squared error per token, the larger of the free and of the clipped value's: (B, T - 1)."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+class KLCoefficient:
+    """beta: fixed, or adapted so that the KL per reply approaches a target (Ziegler 2019, sec. 2.2)."""
+
+    def __init__(self, beta, target, horizon=10_000):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl, n_replies):
+        if self.target:
+            error = max(-0.2, min(kl / self.target - 1, 0.2))
+            self.beta *= 1 + error * n_replies / self.horizon
+
+    def state_dict(self):
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state):
+        self.beta = state["beta"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The stage
+
+
+def main(cfg: Config) -> dict:
+    run = Run("ppo", cfg)
+    run.panels = [
+        ["proxy", "gold"],
+        ["kl", "kl_k3", "kl_exact"],
+        ["entropy", "no_end"],
+        ["explained_variance", "clipfrac"],
+    ]
+    device = pick_device(cfg.device)
+
+    # ---- models: two that learn, two that stay as they are
+    init, rm_path = cfg.init or f"{cfg.out}/sft/ckpt.pt", cfg.rm or f"{cfg.out}/rm/ckpt.pt"
+    policy, checkpoint = load_model(init, device)
+    ref, _ = load_model(init, device)
+    reward_model, rm_checkpoint = load_model(rm_path, device)
+    critic, _ = load_model(rm_path, device)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    if rm_checkpoint["stage"] != "rm" or rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
+        raise SystemExit(f"{rm_path} is not a reward model with the tokenizer of {init}")
+    ref.requires_grad_(False)
+    reward_model.requires_grad_(False)
+    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    optimizers = {
+        "policy_optimizer": torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw),
+        "critic_optimizer": torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw),
+    }
+    kl_coefficient = KLCoefficient(cfg.beta, cfg.target_kl)
+
+    # ---- prompts
+    if cfg.data:
+        rows, test_rows = held_out(read_prompts(cfg.data))
+    else:
+        tasks = draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}")
+        rows, test_rows = town_rows(tasks), town_rows(draw_tasks(150, "ppo", split="test"))
+    room = policy.config.context - cfg.max_new_tokens
+    for row in rows + test_rows:
+        row["ids"] = encode_prompt(tokenizer, row["messages"])
+    rows, test_rows = (
+        keep_fitting(some, [len(row["ids"]) for row in some], room, "the context minus max_new_tokens,")
+        for some in (rows, test_rows)
+    )
+
+    def score(prompts, replies):
+        """What the reward model says, and the score that PPO uses: no end, no credit. (B,), (B,)."""
+        sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
+        proxy = torch.from_numpy(score_sequences(reward_model, sequences, tokenizer.pad)).float()
+        # Replaced, not reduced: if a long reply could earn more than the fine, it would.
+        ended = torch.tensor([reply.ended for reply in replies])
+        return proxy.to(device), torch.where(ended, proxy, cfg.no_end_score).to(device)
+
+    def mean_gold(rows, replies):
+        """The mean gold reward, as columns for the log; none where there is no gold."""
+        if "task" not in rows[0]:
+            return {}
+        return {"gold": np.mean([gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)])}
+
+    # ---- training
+    for iteration in run.steps(cfg.iterations, policy, tokenizer, critic=critic,
+                               kl_coefficient=kl_coefficient, **optimizers):
+        rng = np.random.default_rng([cfg.seed, iteration])
+
+        # 1. Roll out: the policy answers, and every model reads the answers.
+        batch = [rows[i] for i in rng.choice(len(rows), cfg.rollouts, cfg.rollouts > len(rows))]
+        replies = sample_replies(policy, tokenizer, [row["ids"] for row in batch],
+                                 cfg.max_new_tokens, int(rng.integers(2**31)), cfg.temperature)
+        # From here on sorted by length, so that neighbours can share a forward pass with few pads.
+        pairs = sorted(zip(batch, replies), key=lambda pair: len(pair[0]["ids"]) + len(pair[1].ids))
+        batch, replies = zip(*pairs)
+        prompts = [row["ids"] for row in batch]
+        proxy, scores = score(prompts, replies)  # (B,)
+        tokens = pad([p + r.ids for p, r in zip(prompts, replies)], tokenizer.pad).to(device)  # (B, T)
+        mask = pad([[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)], 0)
+        mask = mask.bool().to(device)  # (B, T - 1): which of tokens[:, 1:] the policy chose
+        ends = [len(p) + len(r.ids) for p, r in zip(prompts, replies)]  # where each row ends
+
+        old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
+        kl_exact = torch.zeros(len(batch), device=device)
+        with torch.no_grad():
+            for start in range(0, len(batch), cfg.microbatch):
+                part = slice(start, start + cfg.microbatch)
+                end = max(ends[part])
+                here = part, slice(end - 1)
+                ids, m = tokens[part, :end], mask[here]
+                old_logprobs[here], entropy[here] = response_logprobs(policy, ids, m, cfg.temperature)
+                ref_logprobs[here], _ = response_logprobs(ref, ids, m, cfg.temperature)
+                old_values[here] = critic(ids[:, :-1])
+                kl_exact[part] = exact_kl(policy, ref, ids, m, cfg.temperature)
+
+        # 2. Rewards and advantages.
+        log_ratio = (old_logprobs - ref_logprobs) * mask
+        kl = log_ratio.sum(1)  # (B,): k1, summed over the reply
+        kl_k3 = (torch.expm1(-log_ratio) + log_ratio).sum(1)  # also unbiased, and never negative
+        if iteration == 0:
+            assert kl_exact.abs().max() < 1e-5, "policy and reference start as the same model"
+        beta = kl_coefficient.beta
+        rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
+        advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
+        error = masked_mean((returns - old_values - masked_mean(returns - old_values, mask)) ** 2, mask)
+        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        advantages = whiten(advantages, mask)
+
+        # 3. Update policy and critic on these rollouts.
+        measured = []  # one (policy loss, value loss, approx. KL, clipfrac, two gradient norms) per step
+        ratio_max = 0.0
+        for epoch in range(cfg.epochs):
+            order = rng.permutation(len(batch))
+            for first in range(0, len(batch), cfg.minibatch):
+                minibatch = np.sort(order[first : first + cfg.minibatch])  # sorted by length again
+                n_tokens = mask[minibatch].sum()
+                numbers = torch.zeros(4)
+                for start in range(0, len(minibatch), cfg.microbatch):
+                    part = minibatch[start : start + cfg.microbatch]
+                    end = ends[part[-1]]
+                    ids, m = tokens[part, :end], mask[part, : end - 1]
+
+                    def old(x):
+                        return x[part, : end - 1]
+
+                    logprobs, _ = response_logprobs(policy, ids, m, cfg.temperature)
+                    pg, ratio = policy_loss(logprobs, old(old_logprobs), old(advantages), cfg.clip)
+                    vf = value_loss(critic(ids[:, :-1]), old(old_values), old(returns), cfg.value_clip)
+                    # Every token of the minibatch counts the same, whatever the reply it is in.
+                    ((pg * m).sum() / n_tokens).backward()
+                    ((vf * m).sum() / n_tokens).backward()
+
+                    with torch.no_grad():
+                        off = (ratio - 1).abs() * m
+                        if epoch == 0 and first == 0:
+                            ratio_max = max(ratio_max, off.max().item())
+                        approx_kl = ratio - 1 - (logprobs - old(old_logprobs))  # k3 of old and new
+                        for i, x in enumerate((pg, vf, approx_kl, (off > cfg.clip).float())):
+                            numbers[i] += ((x * m).sum() / n_tokens).cpu()
+                if epoch == 0 and first == 0:
+                    assert ratio_max < 1e-5, f"nothing has changed yet, but a ratio is off by {ratio_max}"
+                norms = [
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+                    for model in (policy, critic)
+                ]
+                measured.append([*numbers.tolist(), *(norm.item() for norm in norms)])
+                step_optimizers(optimizers, lr_at(iteration, cfg.iterations, cfg.warmup, 0.1))
+
+        # 4. Report.
+        ploss, vloss, approx_kl, clipfrac, policy_norm, critic_norm = np.mean(measured, 0)
+        run.log(
+            iteration,
+            proxy=proxy.mean().item(),
+            **mean_gold(batch, replies),
+            kl=kl.mean().item(),
+            kl_k3=kl_k3.mean().item(),
+            kl_exact=kl_exact.mean().item(),
+            beta=beta,
+            objective=(scores - beta * kl).mean().item(),
+            entropy=masked_mean(entropy, mask).item(),
+            length=mask.sum(1).float().mean().item(),
+            no_end=np.mean([not reply.ended for reply in replies]),
+            policy_loss=ploss,
+            value_loss=vloss,
+            explained_variance=1 - (error / spread).item(),
+            approx_kl=approx_kl,
+            clipfrac=clipfrac,
+            first_ratio_error=ratio_max,
+            policy_grad_norm=policy_norm,
+            critic_grad_norm=critic_norm,
+        )
+        kl_coefficient.update(kl.mean().item(), len(batch))
+        n = sum(ends)
+        smaller = reward_model.config.n_layer / policy.config.n_layer
+        # sampling, old, ref, exact KL (2); reward, value; then forward 1 + backward 2 for each
+        run.forwards += n * (5 + 2 * smaller + cfg.epochs * 3 * (1 + smaller))
+
+        if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
+            prompts = [row["ids"] for row in test_rows]
+            replies = sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, 0, temperature=0)
+            greedy = {"proxy": score(prompts, replies)[0].mean().item(), **mean_gold(test_rows, replies)}
+            run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
+            row = run.rows[-1]
+            run.say(f"iteration {iteration + 1:3d}  "
+                    + "  ".join(f"{name} {row[name]:.2f}" for name in ("proxy", "gold", "kl") if name in row)
+                    + f"  no end {row['no_end']:.1%}  length {row['length']:.1f}   held out, greedy: "
+                    + "  ".join(f"{name} {value:.2f}" for name, value in greedy.items())
+                    + f"  {run.elapsed():.0f} s\n    > {test_rows[0]['messages'][-1]['content']}"
+                    + f"\n    {replies[0].text}")
+
+    # ---- results
+    start, _ = load_model(init, device)
+    for now, then in zip(ref.parameters(), start.parameters()):
+        assert torch.equal(now, then), "the reference must not move"
+    shown = test_rows[:8] if cfg.data else [{"messages": [{"role": "user", "content": t}]} for t in SHOWN]
+    prompts = [encode_prompt(tokenizer, row["messages"]) for row in shown]
+    samples = ""
+    for row, reply in zip(shown, sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)):
+        samples += f"> {row['messages'][-1]['content']}\n{reply.text}\n\n"
+    print(samples)
+    run.finish(policy, samples)
+    return run.rows[-1]
+
+
+def town_rows(tasks) -> list[dict]:
+    """Tasks of the town in the form that data/files.py gives to rows of a file."""
+    return [
+        {"messages": [{"role": "user", "content": task.prompt}], "task": task, "where": f"task {i}"}
+        for i, task in enumerate(tasks)
+    ]
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
