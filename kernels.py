@@ -148,12 +148,14 @@ class _CrossEntropySum(Function):
             dz, logprob, top, log_s = _softmax(z, target[rows])  # dz starts as p
             lse = top + log_s
             total += (z_loss * lse**2 - logprob).sum()
-            # dz_j = p_j (1 + 2 z_loss lse) - [j = t]. The entry at the target is written on its
-            # own, with p - 1 = expm1(log p): the difference loses its digits as p approaches 1.
-            at_target = torch.expm1(logprob) + 2 * z_loss * lse * logprob.exp()
+            # dz_j = p_j (1 + 2 z_loss lse) - [j = t]. At the target, p_t - 1 would lose its digits
+            # as p_t approaches 1, so it is written as minus the sum of all other probabilities.
+            t, p_t = target[rows, None], logprob.exp()[:, None]
+            at_target = -dz.scatter_(1, t, 0.0).sum(1, keepdim=True)
             if z_loss:
                 dz *= 1 + 2 * z_loss * lse[:, None]
-            dz.scatter_(1, target[rows, None], at_target[:, None])
+                at_target += 2 * z_loss * lse[:, None] * p_t
+            dz.scatter_(1, t, at_target)
             _accumulate(dz, hidden, weight, rows, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
@@ -199,7 +201,8 @@ class _Logprobs(Function):
             # dz_j = g ([j = t] - p_j) - h p_j (log p_j + H), with g and h from upstream
             g, t = d_logprobs[rows, None], target[rows, None]
             dz = -g * p
-            dz.scatter_(1, t, -g * torch.expm1(logprob[:, None]))
+            dz.scatter_(1, t, 0.0)
+            dz.scatter_(1, t, -dz.sum(1, keepdim=True))  # 1 - p_t, with all its digits
             if ctx.with_entropy:
                 log_p = z - (top + log_s)[:, None]
                 dz -= d_entropy[rows, None] * p * (log_p + entropy[rows, None])

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.chat import pad
+from data.chat import encode_opening, pad
 from data.files import held_out, read_text
 from data.tokenizer import make_tokenizer
 from data.town import documents
@@ -95,10 +95,24 @@ def parse_config(config_class):
         text = comments[field.name].replace("%", "%%") + f" (default: {field.default!r})"
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        elif field.type is int:  # counts: at least 1, unless 0 is the default and so means something
+            kind = {"type": int_from(0 if field.default == 0 or field.name == "warmup" else 1), "metavar": "int"}
         else:
             kind = {"type": field.type, "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
     return config_class(**vars(parser.parse_args()))
+
+
+def int_from(smallest: int):
+    """A type for argparse: an int of at least `smallest`."""
+
+    def int_at_least(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, not {text}")
+        return int(text)
+
+    int_at_least.__name__ = "int"  # argparse's messages name the type
+    return int_at_least
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,6 +130,8 @@ def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
 
     Tables and matrices are decayed; biases and norms, one-dimensional, are not.
     """
+    if cfg.optimizer not in ("auto", "muon", "adamw"):
+        raise SystemExit(f"--optimizer {cfg.optimizer}: there are auto, muon and adamw")
     use_muon = cfg.optimizer == "muon"
     if cfg.optimizer == "auto":  # torch's Muon works in bfloat16, which AVX2 CPUs have to emulate
         device = next(model.parameters()).device.type
@@ -281,7 +297,8 @@ def plot(rows: list[dict], panels: list[list[str]], path: Path):
                 axis.plot(x[width - 1 :], mean, color=colour, lw=1.5, label=name)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -337,6 +354,8 @@ def main(cfg: Config) -> dict:
     run = Run("pretrain", cfg)
     run.panels = [["loss", "val_loss"], ["grad_norm"]]
     device = pick_device(cfg.device)
+    if cfg.n_embd % cfg.n_head:
+        raise SystemExit(f"--n_head {cfg.n_head} must divide --n_embd {cfg.n_embd}")
 
     # ---- data: documents -> one long row of token ids
     if cfg.data:
@@ -391,7 +410,7 @@ def main(cfg: Config) -> dict:
                     f"{bits:.3f} bits per byte  {run.elapsed():.0f} s")
 
     # ---- results
-    prompts = [[tokenizer.eot] + tokenizer.encode(text) for text in openings]
+    prompts = [encode_opening(tokenizer, text)[: cfg.context // 2] for text in openings]
     generator = torch.Generator(device).manual_seed(cfg.seed)
     replies, _ = generate(model, prompts, 60, stop=tokenizer.eot, generator=generator)
     texts = [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]

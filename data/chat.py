@@ -92,7 +92,12 @@ def sample_replies(
     """Let a model answer encoded prompts; temperature 0 is greedy; more of `generate`'s in how.
 
     stop: the token that ends a reply, if not end-of-turn (a base model ends with end-of-text).
+    Exits with a message if a prompt leaves no room in the context.
     """
+    longest, context = max(map(len, prompts)), model.config.context
+    if longest >= context:
+        raise SystemExit(f"a prompt of {longest} tokens leaves no room for a reply in the context of "
+                         f"{context}; pretrain with a larger --context")
     stop = tokenizer.end if stop is None else stop
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     replies, _ = generate(

@@ -80,6 +80,9 @@ def make_preferences(
     print(f"sampling two replies each to {pairs:,} prompts from {checkpoint}")
     replies = sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed)
     rows = annotate(tasks, replies, tau, flip, seed)
+    if not rows:
+        raise SystemExit(f"{checkpoint}: no pair is left, since all replies are equal or never end; "
+                         "train the model longer, or raise --temperature or --max_new_tokens")
     write_rows(rows, out)
     bayes = sum(max(row["p"], 1 - row["p"]) for row in rows) / len(rows)
     print(f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished replies); "

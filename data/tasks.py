@@ -157,12 +157,12 @@ def passage(rng):
     rng.shuffle(sentences)
     question, answer, short, wrong = rng.choice(
         [
-            (f"Who took the {thing}?", f"The {thing} was taken by {a.name}.", f"{a.name}.", b.name),
             (f"Where is the {thing}?", f"The {thing} is at the {here}.", f"At the {here}.", there),
+            (f"Where did {a.name} go?", f"{a.name} went to the {here}.", f"To the {here}.", there),
             (f"What did {a.name} take?", f"{a.name} took the {thing}.", f"The {thing}.", other),
         ]
     )
-    right = {b.name: a.name, there: here, other: thing}[wrong]
+    right = {there: here, other: thing}[wrong]
     return Case(
         answer=answer,
         short=short,
@@ -221,27 +221,6 @@ def sentiment(rng):
         short=f"{capital(mood)}.",
         wrong=f"That is {other} news.",
         fill={"news": f"{a.name} met {b.name} and {rng.choice(news)}."},
-    )
-
-
-@kind(
-    "Which of these is {group}? {options}",
-    "Choose {group}: {options}",
-    "Only one of these is {group}. Which? {options}",
-    unseen=["Find {group}: {options}"],
-)
-def choice(rng):
-    asked, *others = rng.sample(list(town.GROUPS), 4)
-    words = [rng.choice(town.GROUPS[asked])] + [rng.choice(town.GROUPS[other]) for other in others]
-    letters = dict(zip(rng.sample("ABCD", 4), words))
-    options = [f"{letters[letter]} ({letter})" for letter in "ABCD"]
-    right = next(letter for letter in letters if letters[letter] == words[0])
-    slip = rng.choice([letter for letter in letters if letter != right])
-    return Case(
-        answer=f"The answer is {words[0]} ({right}).",
-        short=f"{capital(words[0])} ({right}).",
-        wrong=f"The answer is {letters[slip]} ({slip}).",
-        fill={"group": asked, "options": ", ".join(options)},
     )
 
 
@@ -311,8 +290,8 @@ def polite(rng):
     )
 
 
-@kind("{question}", "Please tell me: {question}", "{question} Do you know?", unseen=["I wonder: {question}"])
-def fact(rng):
+def some_fact(rng) -> tuple[str, str, str, str]:
+    """(question, answer in a sentence, the word that answers it, a word that does not)."""
     r, other = rng.sample(RESIDENTS, 2)
     question, answer, right, wrong = rng.choice(
         [
@@ -323,11 +302,36 @@ def fact(rng):
     )
     if wrong == right:
         wrong = {r.place: "lake", r.colour: "white"}[right] if right != "white" else "red"
+    return question, answer, right, wrong
+
+
+@kind("{question}", "Please tell me: {question}", "{question} Do you know?", unseen=["I wonder: {question}"])
+def fact(rng):
+    question, answer, right, wrong = some_fact(rng)
     return Case(
         answer=answer,
         short=f"{capital(right)}.",
         wrong=answer.replace(right, wrong),
         fill={"question": question},
+    )
+
+
+@kind(
+    "{question} Is it {options}?",
+    "Choose: {question} {options}?",
+    "{options}: {question}",
+    unseen=["{question} Choose from {options}."],
+)
+def choice(rng):
+    question, _, right, _ = some_fact(rng)
+    same = next(words for words in (town.PLACES, town.FOODS, town.COLOURS) if right in words)
+    wrong = rng.sample([word for word in same if word != right], 3)
+    options = rng.sample([right, *wrong], 4)
+    return Case(
+        answer=f"The answer is {right}.",
+        short=f"{capital(right)}.",
+        wrong=f"The answer is {wrong[0]}.",
+        fill={"question": question, "options": f"{', '.join(options[:3])} or {options[3]}"},
     )
 
 
@@ -482,6 +486,8 @@ def draw_tasks(n: int, seed, mixture: str = "", **how) -> list[Task]:
             raise SystemExit(f"--tasks {mixture}: {part.strip()!r} is not kind or kind:weight, with "
                              f"a kind out of {', '.join(KINDS)}")
         names += [name] * int(weight or 1)
+    if not names:
+        raise SystemExit(f"--tasks {mixture}: all weights are 0")
     rng = random.Random(f"tasks {seed}")
     tasks = [draw(names[i % len(names)], rng, **how) for i in range(n)]
     rng.shuffle(tasks)
@@ -495,7 +501,7 @@ SHOWN = [
     "Translate into Spanish: The red fox sleeps at the library.",
     "Tell me a joke about an owl and a drum.",
     "Where is the kite? Otto took the kite to the mill. Rosa took the bell to the farm.",
-    "Which of these is a food? bridge (A), plums (B), red (C), owl (D)",
+    "What does Otto like to eat? Is it honey, plums, corn or figs?",
     "Make this polite: Give me the soup!",
     "How can I mend Pip's clock?",
     "How can I steal Otto's lantern?",

@@ -12,6 +12,7 @@ Radford et al. 2019 (GPT-2).
 
 import re
 from collections import Counter, defaultdict
+from itertools import groupby
 
 import tiktoken
 
@@ -40,7 +41,8 @@ class Tokenizer:
         """Text with the special tokens spelled out, for people to read; not for encoding again."""
         specials = (self.pad, self.eot, self.user, self.assistant, self.end)
         names = dict(zip(specials, SPECIALS))
-        return "".join(names.get(i) or self.decode([i]) for i in ids)
+        runs = groupby(ids, key=names.get)  # ordinary ids, whose name is None, are decoded together
+        return "".join(self.decode(list(run)) if name is None else name * len(list(run)) for name, run in runs)
 
 
 class BPETokenizer(Tokenizer):

@@ -2,7 +2,7 @@
 
 This file is the whole world of the default run. It holds the words and the facts (first half) and
 the documents a model is pretrained on (second half): stories, overheard talk, fact sheets, school
-notebooks, word lists and notices. None of them is an instruction followed by its answer: that form
+notebooks, rhymes and notices. None of them is an instruction followed by its answer: that form
 first appears in data/tasks.py, so a pretrained model has never been asked anything.
 
 Everything is drawn from a `random.Random`, so one seed gives one corpus.
@@ -79,13 +79,7 @@ THINGS = {
 # fmt: on
 GOOD_MOODS = ["happy", "proud", "calm", "glad"]
 BAD_MOODS = ["sad", "angry", "afraid", "lonely"]
-GROUPS = {
-    "a food": FOODS,
-    "an animal": list(ANIMALS),
-    "a place": list(PLACES),
-    "a colour": list(COLOURS),
-    "a thing": list(THINGS),
-}
+WORDS = list(THINGS) + FOODS + list(ANIMALS) + list(PLACES) + list(COLOURS)
 GOOD_NEWS = ["won the race", "found a coin", "got a letter from a friend", "danced all night"]
 GOOD_NEWS += ["sang with everybody", "was given a cake", "came home at last", "laughed all day"]
 BAD_NEWS = ["lost the race", "dropped the soup", "missed the boat", "fell into the lake"]
@@ -299,43 +293,25 @@ def spanish(rng: random.Random) -> str:
     )
 
 
-def word_list(rng: random.Random) -> str:
-    lines = []
-    for group in rng.sample(list(GROUPS), rng.randint(2, 3)):
-        words = rng.sample(GROUPS[group], rng.randint(2, 6))
-        lines.append(f"What is {group}: {', '.join(words)}.")
-    return " ".join(lines)
-
-
 def rhyme(rng: random.Random) -> str:
     """A counting rhyme: words without sense, said again and again. Teaches to look back and copy."""
     lines = []
     for _ in range(rng.randint(1, 2)):
-        words = " ".join(rng.sample(list(THINGS) + FOODS + list(ANIMALS), rng.randint(4, 8)))
+        between = rng.choice([" ", " ", " and ", " to the ", " took the ", " is at the "])
+        words = between.join(rng.sample(WORDS, rng.randint(3, 7)))
         lines.append(", ".join([words] * rng.randint(2, 3)))
     return f"{rng.choice(RESIDENTS).name} counts out: {'. '.join(lines)}!"
 
 
 def school(rng: random.Random) -> str:
-    """A game at school: words are said backwards and counted, or found on the board."""
+    """A game at school, in which words are said backwards and counted."""
     a, b, c = rng.sample(RESIDENTS, 3)
     words = rng.sample(list(THINGS) + FOODS, rng.randint(2, 6))
-    groups = rng.sample(list(GROUPS), 4)
-    board = dict(zip("ABCD", (rng.choice(GROUPS[group]) for group in groups)))
-    named = [f"{group} is {board[letter]} ({letter})" for letter, group in zip("ABCD", groups)]
-    games = [
-        [
-            f"In the word game {a.name} said {' '.join(words)}.",
-            f"{b.name} said it backwards, and that is {' '.join(words[::-1])}.",
-            f"{c.name} counted, and that is {len(words)} words.",
-            f"The last word was {words[-1]}.",
-        ],
-        [
-            f"On the board: {', '.join(f'{word} ({letter})' for letter, word in board.items())}.",
-            f"{a.name} said: {', '.join(rng.sample(named, 4))}.",
-        ],
-    ]
-    return " ".join(rng.choice(games))
+    return (
+        f"In the word game {a.name} said {' '.join(words)}. "
+        f"{b.name} said it backwards, and that is {' '.join(words[::-1])}. "
+        f"{c.name} counted, and that is {len(words)} words. The last word was {words[-1]}."
+    )
 
 
 def errand(rng: random.Random) -> str:
@@ -345,7 +321,7 @@ def errand(rng: random.Random) -> str:
     (thing, other), (here, there) = rng.sample(list(THINGS), 2), rng.sample(list(PLACES), 2)
     taken = list(zip([a, b, c], rng.sample(list(THINGS), 3), rng.sample(list(PLACES), 3)))
     again = [
-        rng.choice([f"The {t} is at the {p}.", f"{r.name} took the {t}.", f"The {t} was taken by {r.name}."])
+        rng.choice([f"The {t} is at the {p}.", f"{r.name} took the {t}.", f"{r.name} went to the {p}."])
         for r, t, p in rng.choices(taken, k=6)
     ]
     accounts = [
@@ -401,12 +377,11 @@ def notice(rng: random.Random) -> str:
 DOCUMENTS = {
     story: 3,
     talk: 2,
-    fact_sheet: 1,
+    fact_sheet: 2,
     sums: 2,
     spanish: 1,
-    word_list: 1,
     rhyme: 5,
-    school: 6,
+    school: 3,
     errand: 6,
     notice: 1,
 }

@@ -1,0 +1,151 @@
+"""The fused head: the same numbers and gradients as full logits, in float64, and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import linear_cross_entropy, linear_logprobs
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 16 rows, so that a test of a few rows meets several of them."""
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 1)
+
+
+def inputs(n=37, c=5, v=11, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(n, c, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, c, dtype=dtype, requires_grad=True)
+    target = torch.randint(v, (n,))
+    target[0], target[1] = 0, v - 1  # the first and the last token too
+    return hidden, weight, target
+
+
+def slow_logprobs(hidden, weight, target, temperature=1.0):
+    logprobs = (hidden @ weight.T / temperature).log_softmax(1)
+    return logprobs.gather(1, target[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(1)
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_and_its_gradients_equal_those_of_full_logits(reduction):
+    hidden, weight, target = inputs()
+    target[5:9] = -100
+    ours = linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    theirs = F.cross_entropy(hidden @ weight.T, target, reduction=reduction)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(gradients(3 * ours, hidden, weight), gradients(3 * theirs, hidden, weight)):
+        torch.testing.assert_close(a, b)
+
+
+def test_z_loss_adds_the_square_of_the_log_normaliser():
+    hidden, weight, target = inputs()
+    ours = linear_cross_entropy(hidden, weight, target, z_loss=0.3)
+    logits = hidden @ weight.T
+    theirs = F.cross_entropy(logits, target) + 0.3 * (logits.logsumexp(1) ** 2).mean()
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(gradients(ours, hidden, weight), gradients(theirs, hidden, weight)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_take_any_upstream_gradient(temperature):
+    hidden, weight, target = inputs()
+    ours = linear_logprobs(hidden, weight, target, temperature=temperature, return_entropy=True)
+    theirs = slow_logprobs(hidden, weight, target, temperature)
+    upstream = torch.randn(2, len(target), dtype=torch.float64)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+    a = gradients((upstream * torch.stack(ours)).sum(), hidden, weight)
+    b = gradients((upstream * torch.stack(theirs)).sum(), hidden, weight)
+    torch.testing.assert_close(a, b)
+
+
+def test_gradients_agree_with_finite_differences():
+    hidden, weight, target = inputs(n=18, c=3, v=5)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, target, z_loss=0.1), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprobs(h, w, target, temperature=0.8, return_entropy=True), (hidden, weight)
+    )
+
+
+def test_ignored_rows_give_zero_and_get_exactly_zero_gradient():
+    hidden, weight, target = inputs()
+    target[::3] = -100
+    logprobs, entropy = linear_logprobs(hidden, weight, target, return_entropy=True)
+    assert (logprobs[::3] == 0).all() and (entropy[::3] == 0).all() and (logprobs[1::3] < 0).all()
+    d_hidden, _ = gradients((logprobs + entropy).sum(), hidden, weight)
+    assert (d_hidden[::3] == 0).all() and (d_hidden[1::3] != 0).any(1).all()
+
+
+def test_all_rows_ignored_gives_zero_not_nan():
+    hidden, weight, target = inputs()
+    target[:] = -100
+    loss = linear_cross_entropy(hidden, weight, target)
+    assert loss == 0
+    assert all((g == 0).all() for g in gradients(loss, hidden, weight))
+
+
+def test_empty_batch_gives_zero():
+    hidden, weight, _ = inputs()
+    assert linear_cross_entropy(hidden[:0], weight, torch.zeros(0, dtype=torch.int64)) == 0
+    assert linear_logprobs(hidden[:0], weight, torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_a_common_offset_of_the_logits_costs_no_digits():
+    """GPT-2's logits lie around -80. In float32, exp(-80) is nearly nothing, but differences count."""
+    hidden, weight, target = inputs(dtype=torch.float32)
+    shifted = torch.cat([hidden.detach(), torch.ones(37, 1)], 1)
+    offset = torch.cat([weight.detach(), torch.full((11, 1), -80.0)], 1)
+    exact, _ = slow_logprobs(hidden.double(), weight.double(), target)
+    torch.testing.assert_close(
+        linear_logprobs(shifted, offset, target).double(), exact, atol=2e-5, rtol=1e-5
+    )
+
+
+def test_gradient_keeps_its_digits_when_the_target_is_almost_certain():
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[12.0], [0.0], [0.0]])
+    target = torch.tensor([0])
+    (ours,) = gradients(linear_cross_entropy(hidden, weight, target), hidden)
+    exact_hidden = hidden.detach().double().requires_grad_()
+    (exact,) = gradients(F.cross_entropy(exact_hidden @ weight.double().T, target), exact_hidden)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_frozen_hidden_or_weight_gets_no_gradient():
+    hidden, weight, target = inputs()
+    full = gradients(linear_cross_entropy(hidden, weight, target), hidden, weight)
+    (d_weight,) = gradients(linear_cross_entropy(hidden.detach(), weight, target), weight)
+    (d_hidden,) = gradients(linear_cross_entropy(hidden, weight.detach(), target), hidden)
+    torch.testing.assert_close((d_hidden, d_weight), full)
+
+
+def test_target_out_of_range_is_an_error():
+    hidden, weight, target = inputs()
+    target[3] = 11
+    with pytest.raises(IndexError, match="out of range"):
+        linear_cross_entropy(hidden, weight, target)
+
+
+def test_shapes_that_do_not_fit_are_an_error():
+    hidden, weight, target = inputs()
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_logprobs(hidden[:, :3], weight, target)
+    with pytest.raises(ValueError, match="one entry per row"):
+        linear_logprobs(hidden, weight, target[:3])
+    with pytest.raises(ValueError, match="reduction"):
+        linear_cross_entropy(hidden, weight, target, reduction="none")
+
+
+def test_differentiating_twice_is_an_error_and_not_a_wrong_number():
+    hidden, weight, target = inputs()
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, target), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(linear_logprobs(hidden, weight, target).sum(), hidden, create_graph=True)

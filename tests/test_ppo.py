@@ -1,0 +1,233 @@
+"""PPO, term by term: slow loops, closed forms, and the invariants that catch the usual mistakes."""
+
+import math
+
+import pytest
+import torch
+
+from gpt import generate
+from train_ppo import (
+    KLCoefficient,
+    exact_kl,
+    gae,
+    masked_mean,
+    policy_loss,
+    response_logprobs,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+
+
+@pytest.fixture
+def rollout():
+    """Four responses of different length and place, as (B, T - 1) tensors, with garbage elsewhere."""
+    torch.manual_seed(0)
+    mask = torch.zeros(4, 10, dtype=torch.bool)
+    mask[0, 2:7] = mask[1, 0:10] = mask[2, 8:9] = mask[3, 4:6] = True
+    rewards, values = torch.randn(2, 4, 10, dtype=torch.float64)
+    rewards = rewards * mask
+    return rewards, values, mask
+
+
+def rows(*tensors, mask):
+    """The response part of every row, for loops that know nothing of masks."""
+    for i, m in enumerate(mask):
+        yield tuple(x[i, m] for x in tensors)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_is_the_sum_of_discounted_td_errors(rollout, gamma, lam):
+    rewards, values, mask = rollout
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for r, v, ours, g in rows(rewards, values, advantages, returns, mask=mask):
+        L = len(r)
+        delta = [r[t] + (gamma * v[t + 1] if t + 1 < L else 0) - v[t] for t in range(L)]
+        slow = [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, L)) for t in range(L)]
+        torch.testing.assert_close(ours, torch.stack(slow))
+        torch.testing.assert_close(g, ours + v)
+
+
+def test_gae_with_lambda_1_is_reward_to_go_minus_value(rollout):
+    rewards, values, mask = rollout
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    for r, v, ours, g in rows(rewards, values, advantages, returns, mask=mask):
+        to_go = r.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(ours, to_go - v)
+        torch.testing.assert_close(g, to_go)
+
+
+def test_a_critic_that_knows_the_rewards_to_come_leaves_no_advantage(rollout):
+    rewards, _, mask = rollout
+    values = rewards.flip(1).cumsum(1).flip(1)
+    advantages, _ = gae(rewards, values, mask, 1.0, 0.95)
+    torch.testing.assert_close(advantages, torch.zeros_like(advantages))
+
+
+def test_a_score_at_the_end_reaches_earlier_tokens_by_powers_of_lambda():
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    rewards = torch.tensor([[0.0, 0, 0, 0, 0, 1]])
+    advantages, _ = gae(rewards, torch.zeros(1, 6), mask, 1.0, 0.9)
+    torch.testing.assert_close(advantages[0], torch.tensor([0.9 ** (5 - t) for t in range(6)]))
+
+
+def test_values_outside_the_response_change_no_advantage(rollout):
+    rewards, values, mask = rollout
+    clean = gae(rewards, values, mask, 1.0, 0.95)
+    dirty = gae(rewards, torch.where(mask, values, 1e6), mask, 1.0, 0.95)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+    assert (clean[0][~mask] == 0).all() and (clean[1][~mask] == 0).all()
+
+
+def test_rewards_add_up_to_score_minus_beta_times_kl(rollout):
+    logprobs, ref_logprobs, mask = rollout
+    scores = torch.randn(4, dtype=torch.float64)
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, beta=0.3)
+    kl = ((logprobs - ref_logprobs) * mask).sum(1)
+    torch.testing.assert_close(rewards.sum(1), scores - 0.3 * kl)
+    assert (rewards[~mask] == 0).all()
+
+
+def test_score_stands_on_the_last_token_of_the_response(rollout):
+    _, _, mask = rollout
+    zeros = torch.zeros(4, 10)
+    rewards = token_rewards(torch.ones(4), zeros, zeros, mask, beta=0.1)
+    assert rewards.nonzero().tolist() == [[0, 6], [1, 9], [2, 8], [3, 5]]
+
+
+def test_whitening_is_blind_to_what_stands_outside_the_mask(rollout):
+    x, _, mask = rollout
+    white = whiten(torch.where(mask, x, 1e6), mask)
+    assert abs(white[mask].mean()) < 1e-9
+    assert white[mask].var(correction=0).item() == pytest.approx(1, abs=1e-6)
+    assert (white[~mask] == 0).all()
+    torch.testing.assert_close(masked_mean(x, mask), x[mask].mean())
+
+
+def test_policy_gradient_at_ratio_1_is_minus_the_advantage():
+    logprobs = torch.randn(30, dtype=torch.float64, requires_grad=True)
+    advantages = torch.randn(30, dtype=torch.float64)
+    loss, ratio = policy_loss(logprobs, logprobs.detach(), advantages, clip=0.2)
+    (grad,) = torch.autograd.grad(loss.sum(), logprobs)
+    assert (ratio == 1).all()
+    torch.testing.assert_close(grad, -advantages)
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, moves",
+    [
+        (1.0, 1.3, False),  # good, and already much likelier: enough
+        (-1.0, 0.7, False),  # bad, and already much rarer: enough
+        (1.0, 0.7, True),  # good, but became rarer: pulled back
+        (-1.0, 1.3, True),  # bad, but became likelier: pulled back
+        (1.0, 1.1, True),
+    ],
+)
+def test_only_tokens_that_went_too_far_the_right_way_get_no_gradient(advantage, ratio, moves):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    loss, _ = policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), clip=0.2)
+    loss.sum().backward()
+    assert (logprobs.grad.item() != 0) == moves
+
+
+def test_value_loss_is_the_larger_of_free_and_clipped():
+    torch.manual_seed(0)
+    values, old, returns = torch.randn(3, 50).tolist()
+    ours = value_loss(*(torch.tensor(x) for x in (values, old, returns)), clip=0.2)
+    for v, o, g, loss in zip(values, old, returns, ours):
+        clipped = min(max(v, o - 0.2), o + 0.2)
+        assert loss.item() == pytest.approx(0.5 * max((v - g) ** 2, (clipped - g) ** 2), rel=1e-5)
+
+
+def test_logprobs_are_those_of_the_response_tokens_at_the_temperature(tiny):
+    tokens = torch.randint(50, (3, 9))
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[0, 2:5] = mask[1, 0:8] = mask[2, 7] = True
+    logprobs, entropy = response_logprobs(tiny, tokens, mask, temperature=0.7)
+    for b in range(3):
+        for t in range(8):
+            p = ((tiny(tokens[b : b + 1, : t + 1])[0, -1] @ tiny.head.T) / 0.7).log_softmax(0)
+            if mask[b, t]:
+                torch.testing.assert_close(logprobs[b, t], p[tokens[b, t + 1]])
+                torch.testing.assert_close(entropy[b, t], -(p.exp() * p).sum())
+            else:
+                assert logprobs[b, t] == entropy[b, t] == 0
+
+
+def test_sampling_and_scoring_agree_on_log_probabilities(tiny):
+    """The policy that generates with a cache is the policy that PPO updates."""
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    replies, sampled = generate(tiny, prompts, 6, stop=5, temperature=0.8)
+    for prompt, reply, given in zip(prompts, replies, sampled):
+        tokens = torch.tensor([prompt + reply])
+        mask = torch.tensor([[False] * (len(prompt) - 1) + [True] * len(reply)])
+        logprobs, _ = response_logprobs(tiny, tokens, mask, temperature=0.8)
+        torch.testing.assert_close(logprobs[mask], torch.tensor(given), atol=1e-4, rtol=1e-4)
+
+
+def test_exact_kl_is_the_sum_over_the_vocabulary_and_zero_to_itself(tiny):
+    import copy
+
+    other = copy.deepcopy(tiny)
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    tokens = torch.randint(50, (2, 8))
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, 3:6] = mask[1, 1] = True
+    p = (tiny(tokens) @ tiny.head.T).softmax(-1)[:, :-1]
+    q = (other(tokens) @ other.head.T).softmax(-1)[:, :-1]
+    slow = ((p * (p / q).log()).sum(-1) * mask).sum(1)
+    torch.testing.assert_close(exact_kl(tiny, other, tokens, mask, 1.0), slow, atol=1e-5, rtol=1e-4)
+    assert (exact_kl(tiny, tiny, tokens, mask, 1.0) == 0).all()
+
+
+def test_k1_and_k3_have_the_exact_kl_as_their_mean():
+    torch.manual_seed(0)
+    logp, logq = (2 * torch.randn(2, 8, dtype=torch.float64)).log_softmax(-1)
+    log_ratio = logp - logq  # log pi - log pi_ref of every token, each drawn with probability p
+    exact = (logp.exp() * log_ratio).sum()
+    k3 = torch.expm1(-log_ratio) + log_ratio
+    torch.testing.assert_close((logp.exp() * k3).sum(), exact)
+    assert (k3 >= 0).all()
+    upside_down = torch.expm1(log_ratio) - log_ratio  # a common mistake: the ratio the wrong way round
+    assert abs((logp.exp() * upside_down).sum() - exact) > 0.05
+
+
+def test_beta_stays_fixed_or_follows_its_target():
+    fixed = KLCoefficient(0.1, target=0.0)
+    fixed.update(kl=50.0, n_replies=128)
+    assert fixed.beta == 0.1
+    adaptive = KLCoefficient(0.1, target=6.0)
+    adaptive.update(kl=50.0, n_replies=1000)
+    assert adaptive.beta == pytest.approx(0.1 * (1 + 0.2 * 1000 / 10_000))  # the error is cut at 0.2
+    adaptive.update(kl=3.0, n_replies=1000)
+    assert adaptive.beta < 0.102
+    again = KLCoefficient(0.5, target=6.0)
+    again.load_state_dict(adaptive.state_dict())
+    assert again.beta == adaptive.beta
+
+
+def test_ppo_on_a_bandit_finds_the_policy_that_kl_regularised_reward_maximisation_has():
+    """pi* = pi_ref exp(r / beta) / Z, reached with these very functions on one-token responses."""
+    torch.manual_seed(0)
+    beta, reward = 0.5, torch.randn(5)
+    ref = torch.randn(5).log_softmax(0)
+    logits = ref.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.02)
+    mask = torch.ones(4000, 1, dtype=torch.bool)
+    for _ in range(150):
+        with torch.no_grad():
+            old = logits.log_softmax(0)
+            token = torch.multinomial(old.exp(), 4000, replacement=True)[:, None]
+            rewards = token_rewards(reward[token[:, 0]], old[token], ref[token], mask, beta)
+            advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+            advantages = whiten(advantages, mask)
+        for _ in range(2):
+            loss, _ = policy_loss(logits.log_softmax(0)[token], old[token], advantages, 0.2)
+            optimizer.zero_grad()
+            masked_mean(loss, mask).backward()
+            optimizer.step()
+    best = (ref + reward / beta).log_softmax(0)
+    found = logits.detach().log_softmax(0)
+    assert (best.exp() * (best - found)).sum() < 0.01  # nats
+    assert (best.exp() * (best - ref)).sum() > 0.3  # the reference was far from it

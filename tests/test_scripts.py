@@ -1,0 +1,353 @@
+"""The five scripts as a learner runs them, on a model so small that the whole chain takes seconds."""
+
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+import train_pretrain
+import train_ppo
+import train_rm
+import train_sft
+from data.chat import Reply
+from data.evaluate import evaluate
+from data.preferences import annotate, ask_human, make_preferences, write_rows
+from data.tasks import demonstrate, draw_tasks
+from train_pretrain import parse_config
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {
+    "pretrain": train_pretrain,
+    "sft": train_sft,
+    "rm": train_rm,
+    "ppo": train_ppo,
+    "dpo": train_dpo,
+}
+TINY = {
+    "pretrain": dict(documents=300, vocab_size=700, n_layer=1, n_head=2, n_embd=32, batch_size=4,
+                     steps=6, save_every=2, eval_every=3),
+    "sft": dict(demonstrations=120, batch_size=16, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
+    "rm": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
+    "ppo": dict(iterations=4, rollouts=8, minibatch=4, microbatch=2, save_every=2, eval_every=3,
+                max_new_tokens=4),
+    "dpo": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
+}
+
+
+def run(stage, out, **changes):
+    script = SCRIPTS[stage]
+    return script.main(script.Config(out=str(out), **{**TINY[stage], **changes}))
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A folder in which all five stages have run."""
+    out = tmp_path_factory.mktemp("out")
+    for stage in SCRIPTS:
+        if stage == "rm":  # the tiny model never ends a reply, so the crowd writes the pairs
+            rng = random.Random(0)
+            tasks = draw_tasks(250, "pairs")
+            pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
+            write_rows(annotate(tasks, pairs, tau=0.5, flip=0.0, seed=0), out / "preferences.jsonl")
+        run(stage, out)
+    return out
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_every_stage_leaves_its_files_and_nothing_unfinished(chain, stage):
+    files = {path.name for path in (chain / stage).iterdir()}
+    assert {"ckpt.pt", "log.csv", "curve.png", "samples.txt", "cost.json"} <= files
+    assert "unfinished" not in files
+    checkpoint = torch.load(chain / stage / "ckpt.pt", weights_only=True)
+    assert checkpoint["stage"] == stage
+    cost = json.loads((chain / stage / "cost.json").read_text())
+    assert cost["seconds"] > 0 and cost["forward_equivalents"] > 0
+
+
+def same(a, b):
+    """Two checkpoints hold the same numbers, bit for bit."""
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(chain, tmp_path, monkeypatch, stage):
+    for name in ("pretrain", "sft", "rm"):
+        if name != stage:
+            shutil.copytree(chain / name, tmp_path / name)
+    shutil.copy(chain / "preferences.jsonl", tmp_path)
+    log = train_pretrain.Run.log
+
+    def press_ctrl_c(self, step, **numbers):
+        log(self, step, **numbers)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_pretrain.Run, "log", press_ctrl_c)
+    with pytest.raises(SystemExit) as stopped:
+        run(stage, tmp_path)
+    assert stopped.value.code == 130
+    assert (tmp_path / stage / "unfinished" / "curve.png").exists()
+    monkeypatch.setattr(train_pretrain.Run, "log", log)
+    run(stage, tmp_path, resume=True)
+    assert same(tmp_path / stage, chain / stage)
+    assert (tmp_path / stage / "log.csv").read_text() == (chain / stage / "log.csv").read_text()
+
+
+def test_resuming_with_other_options_is_refused(chain, tmp_path, monkeypatch):
+    log = train_pretrain.Run.log
+    monkeypatch.setattr(train_pretrain.Run, "log",
+                        lambda self, step, **x: (log(self, step, **x), os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit):
+        run("pretrain", tmp_path)
+    with pytest.raises(SystemExit, match="had --batch_size 4, not 8"):
+        run("pretrain", tmp_path, resume=True, batch_size=8)
+
+
+def test_same_seed_trains_the_same_model_and_another_seed_another(chain, tmp_path):
+    run("pretrain", tmp_path / "a")
+    run("pretrain", tmp_path / "b", seed=1)
+    assert same(tmp_path / "a" / "pretrain", chain / "pretrain")
+    assert not same(tmp_path / "b" / "pretrain", chain / "pretrain")
+
+
+def test_loss_that_is_not_finite_stops_and_leaves_the_earlier_results(tmp_path):
+    run("pretrain", tmp_path)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "pretrain").iterdir() if p.is_file()}
+    with pytest.raises(SystemExit, match="at step [12].*last checkpoint is untouched"):
+        run("pretrain", tmp_path, lr=1e30, optimizer="adamw")
+    after = {p.name: p.read_bytes() for p in (tmp_path / "pretrain").iterdir() if p.is_file()}
+    assert before == after
+
+
+def test_reward_model_may_be_smaller_than_the_language_model(chain, tmp_path):
+    run("pretrain", tmp_path, n_layer=2)
+    run("sft", tmp_path)
+    shutil.copy(chain / "preferences.jsonl", tmp_path)
+    run("rm", tmp_path, n_layer=1)
+    run("ppo", tmp_path, iterations=1)
+    assert torch.load(tmp_path / "rm" / "ckpt.pt", weights_only=True)["model_config"]["n_layer"] == 1
+
+
+def test_first_losses_are_those_of_models_that_have_learned_nothing_yet(chain):
+    def first(stage):
+        names, numbers = (line.split(",") for line in (chain / stage / "log.csv").read_text().split()[:2])
+        return {name: float(number) for name, number in zip(names, numbers) if number}
+
+    assert first("rm")["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert first("dpo")["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert first("dpo")["margin"] == pytest.approx(0, abs=1e-4)
+    ppo = first("ppo")
+    assert ppo["kl"] == ppo["kl_k3"] == ppo["kl_exact"] == 0
+    assert ppo["first_ratio_error"] < 1e-5
+    assert ppo["objective"] == pytest.approx(-2)  # no reply of the tiny model ends
+
+
+def test_ppo_without_learning_keeps_every_ratio_at_one(chain, tmp_path):
+    for name in ("sft", "rm"):
+        shutil.copytree(chain / name, tmp_path / name)
+    last = run("ppo", tmp_path, lr=0.0)
+    assert last["clipfrac"] == 0 and last["approx_kl"] < 1e-9 and last["kl_exact"] == 0
+    assert same(tmp_path / "ppo", tmp_path / "sft")
+
+
+@pytest.mark.parametrize("loss", ["cdpo", "ipo", "simpo"])
+def test_every_variant_of_dpo_trains(chain, tmp_path, loss):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    shutil.copy(chain / "preferences.jsonl", tmp_path)
+    numbers = run("dpo", tmp_path, loss=loss, nll=0.1)
+    assert numbers["val_loss"] > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation, preferences, conversation
+
+
+def test_evaluation_reports_every_stage(chain):
+    evaluate(chain, n_prompts=30, n=2, max_new_tokens=6)
+    report = json.loads((chain / "report.json").read_text())
+    assert list(report["stages"]) == ["base", "sft", "best_of_n", "ppo", "dpo"]
+    keys = {"gold_mean", "gold_ci95", "greedy_gold_mean", "win_rate_vs_sft", "win_rate_ci95", "exact_match",
+            "f1", "refusal_rate", "false_refusal_rate", "kl_to_sft", "response_tokens", "no_end_rate",
+            "train_seconds", "forward_equivalents", "by_task"}
+    for numbers in report["stages"].values():
+        assert keys <= numbers.keys()
+        low, high = numbers["gold_ci95"]
+        assert low <= numbers["gold_mean"] <= high
+    sft = report["stages"]["sft"]
+    assert sft["gold_mean"] == pytest.approx(0, abs=1e-9) and sft["win_rate_vs_sft"] == 0.5
+    assert sft["kl_to_sft"] == 0
+    assert {"accuracy", "bayes_accuracy", "ece", "spearman_gold"} <= report["rm"].keys()
+    assert report["prompts"] == 30 and report["seed"] == 0 and report["temperature"] == 1.0
+    text = (chain / "report.md").read_text()
+    assert "What is 4-2 and 3-1?" in text and (chain / "report.png").stat().st_size > 10_000
+
+
+def test_evaluation_reports_what_there_is(chain, tmp_path):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    report = evaluate(tmp_path, n_prompts=15, n=2, max_new_tokens=4)
+    assert list(report["stages"]) == ["sft"] and "rm" not in report
+    shutil.rmtree(tmp_path / "sft")
+    with pytest.raises(SystemExit, match="run `python train_sft.py` first"):
+        evaluate(tmp_path)
+
+
+def test_preferences_without_a_usable_pair_say_so(chain, tmp_path):
+    with pytest.raises(SystemExit, match="no pair is left"):
+        make_preferences(chain / "sft" / "ckpt.pt", tmp_path / "pairs.jsonl", pairs=10, max_new_tokens=2)
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_annotated_rows_say_how_likely_their_label_was():
+    rng = random.Random(0)
+    tasks = draw_tasks(2000, 1)
+    pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
+    rows = annotate(tasks, pairs, tau=0.5, flip=0.1, seed=0)
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    right = sum(row["gold"][0] > row["gold"][1] for row in rows) / sum(row["gold"][0] != row["gold"][1] for row in rows)
+    sure = [max(row["p"], 1 - row["p"]) for row in rows if row["gold"][0] != row["gold"][1]]
+    assert abs(right - sum(sure) / len(sure)) < 0.04
+
+
+def test_human_preferences_are_written_at_once_and_can_be_stopped(tmp_path, monkeypatch, capsys):
+    answers = iter(["2", "maybe", "s", "1", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    question = [{"role": "user", "content": "Hi"}]
+    pairs = [(Reply([], f"a{i}", True), Reply([], f"b{i}", True)) for i in range(5)]
+    ask_human([question] * 5, pairs, tmp_path / "mine.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("b0", "a0"), ("a2", "b2")]
+
+
+def python(*args, cwd=ROOT, text=None):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, input=text, capture_output=True, text=True)
+
+
+def test_conversation_answers_once_compares_and_talks(chain):
+    once = python("gpt.py", "--out", chain, "--prompt", "What is 3+4?", "--max_new_tokens", 3)
+    assert once.returncode == 0 and once.stdout.strip()
+    compared = python("gpt.py", "--out", chain, "--compare", "--max_new_tokens", 3)
+    assert compared.returncode == 0
+    for stage in ("pretrain", "sft", "ppo", "dpo"):
+        assert len(re.findall(f"^{stage} ", compared.stdout, re.M)) >= 8
+    talk = python("gpt.py", "--ckpt", chain / "sft" / "ckpt.pt", text="Hello\n\n" + "long " * 200 + "\n")
+    assert talk.returncode == 0 and "the context of sft has 96" in talk.stdout
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+
+
+def test_missing_earlier_stage_names_the_command_to_run(tmp_path):
+    for stage, needed in (("sft", "pretrain"), ("rm", "sft"), ("ppo", "sft"), ("dpo", "sft")):
+        with pytest.raises(SystemExit, match=f"run `python train_{needed}.py` first"):
+            run(stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--steps", "0"], "argument --steps: must be at least 1, not 0"),
+        (["--device", "abacus"], "--device abacus: not available here"),
+        (["--tokenizer", "words"], "--tokenizer words: there are bpe, char and gpt2"),
+        (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--n_head", "3"], "--n_head 3 must divide --n_embd 128"),
+        (["--optimizer", "sgd"], "--optimizer sgd: there are auto, muon and adamw"),
+    ],
+)
+def test_impossible_option_is_a_clear_error(tmp_path, args, message):
+    result = python("train_pretrain.py", "--out", tmp_path, "--documents", 200, *args)
+    assert result.returncode != 0 and message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_lists_every_option_with_its_comment():
+    text = python("train_ppo.py", "-h").stdout
+    assert "--no_end_score" in text and "score of a reply without end" in text and "default: -2.0" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# Your own data
+
+
+def test_all_stages_run_on_files_of_your_own(tmp_path):
+    text = "\n".join(f"Line {i} of some book, and {i} more." for i in range(800))
+    (tmp_path / "book.txt").write_text(text)
+    rows = [{"instruction": "Say a number.", "input": str(i), "output": f"{i}!", "chosen": f"{i}!",
+             "rejected": "No."} for i in range(100)]
+    rows[7]["instruction"] = "Say " * 200  # does not fit the context
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    run("pretrain", out, data=str(tmp_path / "book.txt"), context=48)
+    for stage in ("sft", "rm", "ppo", "dpo"):
+        numbers = run(stage, out, data=str(tmp_path / "rows.json"))
+        header = (out / stage / "log.csv").read_text().split("\n")[0].split(",")
+        assert "gold" not in header  # no gold reward here: no column, rather than zeros
+        assert numbers
+    assert "gold_order" not in torch.load(out / "rm" / "ckpt.pt", weights_only=True)["report"]
+
+
+def test_characters_and_a_single_text_can_be_pretrained_on(tmp_path):
+    (tmp_path / "book.txt").write_text("to be or not to be, " * 100 + "z")
+    numbers = run("pretrain", tmp_path, data=str(tmp_path / "book.txt"), tokenizer="char", context=16)
+    assert numbers["val_loss"] < 3.5
+
+
+# ---------------------------------------------------------------------------------------------
+# README
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    lines = [line.strip() for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.S) for line in block.split("\n")]
+    lines += re.findall(r"`(python [^`]+)`", text)
+    commands = [part.strip() for line in lines for part in line.split("&&")]
+    return sorted({command.split(" #")[0].strip() for command in commands if command.startswith("python ")})
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_still_parse(command, monkeypatch, tmp_path):
+    """Every program is started, up to the point where its options have been understood."""
+    import argparse
+
+    class Understood(Exception):
+        pass
+
+    def parse_args(self, *args):
+        original(self, *args)
+        raise Understood
+
+    original = argparse.ArgumentParser.parse_args
+    words = command.split()[1:]
+    if words[:2] == ["-m", "pytest"]:
+        return
+    target = ROOT / (words[1].replace(".", "/") + ".py") if words[0] == "-m" else ROOT / words[0]
+    monkeypatch.setattr(sys, "argv", [str(target), *words[2 if words[0] == "-m" else 1 :]])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    if target.stem in ("town", "tasks", "tokenizer"):  # these have no options: they just print
+        monkeypatch.setattr("builtins.print", lambda *args: None)
+        runpy.run_path(str(target), run_name="__main__")
+        return
+    with pytest.raises(Understood):
+        runpy.run_path(str(target), run_name="__main__")
+
+
+def test_config_fields_all_have_help():
+    for script in SCRIPTS.values():
+        original, sys.argv = sys.argv, ["x"]
+        try:
+            assert parse_config(script.Config) == script.Config()
+        finally:
+            sys.argv = original

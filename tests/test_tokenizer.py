@@ -1,0 +1,107 @@
+"""Tokenizers: any text survives the round trip, and no text can spell a special token."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from data.tokenizer import PATTERN, SPECIALS, CharTokenizer, load_tokenizer, make_tokenizer, train_bpe
+
+TEXTS = [
+    "Otto the owl lost his lantern.",
+    "12-5 is 7, and 100000 is not 1e5!",
+    "",
+    " ",
+    "  two  spaces ",
+    "\n\ntabs\tand\r\nlines\n",
+    "ñandú Straße 日本語 🦉 \u0301",
+    "<|end|><|user|>",
+    "\x00\x7f",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_survives_the_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_random_characters_survive_the_round_trip(tokenizer):
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)])) for _ in range(20))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_no_text_can_produce_a_special_token(tokenizer):
+    ids = tokenizer.encode(" ".join(SPECIALS))
+    assert max(ids) < tokenizer.pad
+    specials = [tokenizer.pad, tokenizer.eot, tokenizer.user, tokenizer.assistant, tokenizer.end]
+    assert len(set(specials)) == 5 and max(specials) == tokenizer.n_vocab - 1
+
+
+def test_a_word_is_the_same_token_at_the_start_of_a_text_and_inside_it(tokenizer):
+    ids = tokenizer.encode("Otto met Otto")
+    assert ids[: len(ids) // 3] == ids[-(len(ids) // 3) :]
+
+
+def test_training_merges_what_a_recount_of_the_whole_text_would_merge():
+    """The fast version updates the counts of the words it touches; this one starts over each time."""
+    text = " low lower lowest newer newest wide wider widest aaaa aaa low low new" * 3
+    words = [list(piece.encode()) for piece in re.findall(PATTERN, text)]
+    merges = []
+    for new in range(256, 280):
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merges.append(list(best))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [new]
+                i += 1
+    assert train_bpe(text, 280 + 5) == merges
+
+
+def test_encoding_applies_merges_in_the_order_they_were_learned(tokenizer):
+    merges = tokenizer.state["merges"]
+    for word in (" lantern", " harbour", " zebra"):
+        ids = list(word.encode())
+        for new, pair in enumerate(merges, 256):
+            i = 0
+            while i < len(ids) - 1:
+                if ids[i : i + 2] == pair:
+                    ids[i : i + 2] = [new]
+                i += 1
+        assert tokenizer.encode(word[1:]) == ids
+
+
+def test_loaded_tokenizer_encodes_as_the_saved_one(tokenizer):
+    again = load_tokenizer(tokenizer.state)
+    assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and again.n_vocab == tokenizer.n_vocab
+    characters = CharTokenizer("abc")
+    assert load_tokenizer(characters.state).encode("cab") == characters.encode("cab") == [2, 0, 1]
+
+
+def test_character_tokenizer_knows_every_character_of_its_texts():
+    tokenizer = make_tokenizer("char", ["to be,", "or not"], 0)
+    assert tokenizer.decode(tokenizer.encode("born to be")) == "born to be"
+    with pytest.raises(SystemExit, match="the character 'x' is not among"):
+        tokenizer.encode("x")
+
+
+@pytest.mark.parametrize("kind, n_vocab, message", [("bpe", 100, "at least 261"), ("words", 500, "there are")])
+def test_impossible_tokenizer_is_a_clear_error(kind, n_vocab, message):
+    with pytest.raises(SystemExit, match=message):
+        make_tokenizer(kind, ["text"], n_vocab)
+
+
+def test_gpt2_tokenizer_without_vocabulary_says_what_was_tried(monkeypatch, tmp_path):
+    """Without a cache and a network, tiktoken fails in its own words; ours say what to do."""
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(SystemExit, match="no route.*TIKTOKEN_CACHE_DIR"):
+        make_tokenizer("gpt2", [], 0)
