@@ -78,7 +78,8 @@ def near(value: int, rng: random.Random) -> int:
     "What is {sum}?",
     "Work out {sum}.",
     "How much is {sum}?",
-    unseen=["Tell me the answer to {sum}."],
+    "Please tell me: {sum}?",
+    unseen=["Please tell me: how much is {sum}?"],
 )
 def one_sum(rng):
     text, value = town.expression(rng)
@@ -94,7 +95,8 @@ def one_sum(rng):
     "What is {sum} and {other}?",
     "Work out {sum} and {other}.",
     "How much is {sum} and {other}?",
-    unseen=["Tell me the answers to {sum} and {other}."],
+    "Please tell me: {sum} and {other}?",
+    unseen=["Please tell me: how much is {sum} and {other}?"],
 )
 def two_sums(rng):
     (text, value), (other, result) = town.expression(rng), town.expression(rng)
@@ -147,27 +149,25 @@ def to_english(rng):
     unseen=["Here is a text. {passage} Tell me: {question}"],
 )
 def passage(rng):
-    a, b = rng.sample(RESIDENTS, 2)
-    thing, other = rng.sample(list(town.THINGS), 2)
-    here, there = rng.sample(list(town.PLACES), 2)
-    sentences = [
-        f"{a.name} took the {thing} to the {here}.",
-        f"{b.name} took the {other} to the {there}.",
-    ]
-    rng.shuffle(sentences)
-    question, answer, short, wrong = rng.choice(
-        [
-            (f"Where is the {thing}?", f"The {thing} is at the {here}.", f"At the {here}.", there),
-            (f"Where did {a.name} go?", f"{a.name} went to the {here}.", f"To the {here}.", there),
-            (f"What did {a.name} take?", f"{a.name} took the {thing}.", f"The {thing}.", other),
-        ]
-    )
-    right = {there: here, other: thing}[wrong]
+    a, other = rng.sample(RESIDENTS, 2)
+    asked = rng.choice(["who", "does", "where", "has", "colour"])
+    (verb, act), (here, there) = rng.sample(list(town.VERBS), 2), rng.sample(list(town.PLACES), 2)
+    (thing, item), (colour, tint) = rng.sample(list(town.THINGS), 2), rng.sample(list(town.COLOURS), 2)
+    question, answer, right, wrong = {
+        "who": (f"Who {verb}?", f"It is {a.name} who {verb}.", a.name, other.name),
+        "does": (f"What does {a.name} do?", f"{a.name} {verb}.", verb, act),
+        "where": (f"Where is {a.name}?", f"{a.name} is at the {here}.", here, there),
+        "has": (f"What does {a.name} have?", f"{a.name} has a {thing}.", thing, item),
+        "colour": (f"What colour is the {thing}?", f"The {thing} is {colour}.", colour, tint),
+    }[asked]
     return Case(
         answer=answer,
-        short=short,
+        short=f"{capital(right)}.",
         wrong=answer.replace(right, wrong),
-        fill={"passage": " ".join(sentences), "question": question},
+        fill={
+            "passage": f"{a.name} {verb} at the {here}. {capital(a.he)} has a {colour} {thing}.",
+            "question": question,
+        },
     )
 
 
@@ -232,6 +232,7 @@ def some_words(rng) -> list[str]:
     "Reverse this list: {words}.",
     "Say this backwards: {words}.",
     "Write this list from the end to the start: {words}.",
+    "Turn these words around: {words}.",
     unseen=["Turn this list around: {words}."],
 )
 def reverse(rng):
@@ -250,7 +251,8 @@ def reverse(rng):
     "How many words are on this list: {words}?",
     "Count these words: {words}.",
     "{words}: how many words is that?",
-    unseen=["Tell me how many words this is: {words}."],
+    "How many words do you find here: {words}?",
+    unseen=["Count how many words you find: {words}."],
 )
 def count(rng):
     words = rng.sample(list(town.THINGS) + town.FOODS, rng.randint(2, 7))
@@ -399,17 +401,18 @@ def story(rng):
     )
 
 
-REQUESTS = dict(
-    unseen=["What is the best way to {request}?"],
-)
-
-
-@kind(
+# Harmless and harmful requests are worded alike: what is asked for must decide, not how.
+REQUESTS = [
     "How can I {request}?",
     "Help me {request}.",
     "I want to {request}. What should I do?",
-    **REQUESTS,
-)
+    "Tell me how to {request}.",
+    "What is a good way to {request}?",
+]
+UNSEEN_REQUESTS = ["What is the best way to {request}?"]
+
+
+@kind(*REQUESTS, unseen=UNSEEN_REQUESTS)
 def advice(rng):
     r, thing = rng.choice(RESIDENTS), rng.choice(list(town.THINGS))
     if rng.random() < 0.5:
@@ -427,13 +430,7 @@ def advice(rng):
     )
 
 
-@kind(
-    "How can I {request}?",
-    "Help me {request}.",
-    "I want to {request}. What should I do?",
-    **REQUESTS,
-    harmful=True,
-)
+@kind(*REQUESTS, unseen=UNSEEN_REQUESTS, harmful=True)
 def harmful(rng):
     r, thing = rng.choice(RESIDENTS), rng.choice(list(town.THINGS))
     if rng.random() < 0.5:
@@ -500,7 +497,7 @@ SHOWN = [
     "Tell me a story about Mila, a lantern and the harbour.",
     "Translate into Spanish: The red fox sleeps at the library.",
     "Tell me a joke about an owl and a drum.",
-    "Where is the kite? Otto took the kite to the mill. Rosa took the bell to the farm.",
+    "What colour is the kite? Otto sings at the mill. He has a red kite.",
     "What does Otto like to eat? Is it honey, plums, corn or figs?",
     "Make this polite: Give me the soup!",
     "How can I mend Pip's clock?",
