@@ -150,7 +150,9 @@ class GPT(nn.Module):
         """
         return self.wte.weight[: self.config.vocab_size]
 
-    def forward(self, idx: torch.Tensor, cache: Cache | None = None, positions=None) -> torch.Tensor:
+    def forward(
+        self, idx: torch.Tensor, cache: Cache | None = None, positions=None
+    ) -> torch.Tensor:
         """idx (B, T) int64 -> hidden states after the final norm (B, T, C).
 
         Without a cache, column t is position t and sees columns 0..t. With one, positions (B, T)
@@ -197,7 +199,9 @@ class ScalarModel(nn.Module):
             raise ValueError(f"n_layer {n_layer} is more than the {gpt.config.n_layer} there are")
         model = cls(GPTConfig(**{**asdict(gpt.config), "n_layer": n_layer}))
         wanted = model.gpt.state_dict()
-        model.gpt.load_state_dict({name: w for name, w in gpt.state_dict().items() if name in wanted})
+        model.gpt.load_state_dict(
+            {name: w for name, w in gpt.state_dict().items() if name in wanted}
+        )
         return model
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
@@ -265,8 +269,10 @@ def generate(
     context, device = model.config.context, model.wte.weight.device
     for ids in prompts:
         if not 0 < len(ids) < context:
-            raise ValueError(f"a prompt of {len(ids)} tokens: the context of {context} has room "
-                             f"for 1 to {context - 1}")
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens: the context of {context} has room "
+                f"for 1 to {context - 1}"
+            )
     replies, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch_size):
@@ -280,8 +286,9 @@ def generate(
         for first in range(0, len(rows), 32):
             group = slice(first, first + 32)
             width = int(lengths[group].max())
-            idx = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in rows[group]],
-                               device=device)
+            idx = torch.tensor(
+                [prompts[i] + [0] * (width - len(prompts[i])) for i in rows[group]], device=device
+            )
             positions = torch.arange(width, device=device).expand(len(idx), width)
             hidden = model(idx, cache.rows(group), positions)  # (32, width, C)
             last.append(hidden[torch.arange(len(idx)), lengths[group] - 1])
@@ -385,9 +392,15 @@ def main():
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--compare", action="store_true", help="let all stages in --out answer")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep the likeliest with this probability")
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest reply (default: 48)")
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="keep the likeliest with this probability"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=48, help="longest reply (default: 48)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
     args = parser.parse_args()
@@ -397,7 +410,9 @@ def main():
     if args.ckpt:
         paths = [Path(args.ckpt)]
     elif not paths:
-        raise SystemExit(f"there is no model in {args.out}/ yet: run `python train_pretrain.py` first")
+        raise SystemExit(
+            f"there is no model in {args.out}/ yet: run `python train_pretrain.py` first"
+        )
     elif not args.compare:
         paths = [max(paths, key=lambda path: path.stat().st_mtime)]
 
@@ -413,12 +428,26 @@ def main():
             if stage == "pretrain":  # it has never seen a chat: the text opens a document
                 prompt, stop = encode_opening(tokenizer, text), tokenizer.eot
             else:
-                prompt, stop = encode_prompt(tokenizer, [{"role": "user", "content": text}]), tokenizer.end
+                prompt, stop = (
+                    encode_prompt(tokenizer, [{"role": "user", "content": text}]),
+                    tokenizer.end,
+                )
             if len(prompt) >= model.config.context:
-                print(f"that is {len(prompt)} tokens, and the context of {stage} has {model.config.context}")
+                print(
+                    f"that is {len(prompt)} tokens, and the context of {stage} has {model.config.context}"
+                )
                 continue
-            reply = sample_replies(model, tokenizer, [prompt], args.max_new_tokens, seed, args.temperature,
-                                   stop, top_k=args.top_k, top_p=args.top_p)[0]
+            reply = sample_replies(
+                model,
+                tokenizer,
+                [prompt],
+                args.max_new_tokens,
+                seed,
+                args.temperature,
+                stop,
+                top_k=args.top_k,
+                top_p=args.top_p,
+            )[0]
             name = f"{stage:9}" if len(models) > 1 else ""
             print(name + reply.text + ("" if reply.ended else " ..."))
 
@@ -428,8 +457,10 @@ def main():
                 print(f"\n> {text}")
             answer(text, args.seed)
         return
-    print(f"You are talking to {paths[0]}. It answers every message on its own, since it was trained on "
-          "single questions. Leave with Ctrl-D.")
+    print(
+        f"You are talking to {paths[0]}. It answers every message on its own, since it was trained on "
+        "single questions. Leave with Ctrl-D."
+    )
     for turn in range(10**9):
         try:
             text = input("> ").strip()

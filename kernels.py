@@ -94,7 +94,9 @@ def linear_logprobs(
 def _rows_that_count(hidden, weight, target, ignore_index):
     """Drop ignored rows: (hidden, target, mask of the rows kept, or None if that is all)."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit"
+        )
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"target {tuple(target.shape)} must have one entry per row of hidden")
     kept = target != ignore_index

@@ -51,7 +51,9 @@ class Config:
     # optimisation
     batch_size: int = 64  # pairs per step
     epochs: int = 1  # passes over the data
-    optimizer: str = "adamw"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
+    optimizer: str = (
+        "adamw"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
+    )
     muon_lr: float = 0.001  # peak learning rate of the matrices under Muon
     lr: float = 2e-4  # peak learning rate of all that AdamW trains
     weight_decay: float = 0.0  # of matrices and tables
@@ -70,8 +72,12 @@ class Config:
 def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """log p(reply | prompt), summed over the reply; tokens (B, T) int64, mask (B, T) bool -> (B,)."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
-    target = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # ... token t + 1, if that is the reply's
-    logprobs = linear_logprobs(hidden.flatten(0, 1), model.head, target.flatten(), ignore_index=-100)
+    target = tokens[:, 1:].masked_fill(
+        ~mask[:, 1:], -100
+    )  # ... token t + 1, if that is the reply's
+    logprobs = linear_logprobs(
+        hidden.flatten(0, 1), model.head, target.flatten(), ignore_index=-100
+    )
     return logprobs.view_as(target).sum(1)
 
 
@@ -114,7 +120,9 @@ def main(cfg: Config) -> dict:
     for row in rows:
         for side in ("chosen", "rejected"):
             reply = [{"role": "assistant", "content": row[side]}]
-            row[f"{side}_ids"], row[f"{side}_mask"] = encode_chat(tokenizer, row["messages"] + reply)
+            row[f"{side}_ids"], row[f"{side}_mask"] = encode_chat(
+                tokenizer, row["messages"] + reply
+            )
             # Replies to earlier questions, the same on both sides, are no part of the choice.
             start = len(encode_prompt(tokenizer, row["messages"]))
             row[f"{side}_mask"][:start] = [0] * start
@@ -125,7 +133,9 @@ def main(cfg: Config) -> dict:
     for epoch in range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, epoch])
         batches += length_batches([row["length"] for row in rows], cfg.batch_size, rng)
-    print(f"{len(rows):,} pairs, {len(test_rows)} held out, {len(batches)} steps of {cfg.batch_size}")
+    print(
+        f"{len(rows):,} pairs, {len(test_rows)} held out, {len(batches)} steps of {cfg.batch_size}"
+    )
 
     def tensors(sequences: list[tuple[list, list]]):
         tokens = pad([ids for ids, _ in sequences], tokenizer.pad)  # (B, T)
@@ -134,8 +144,13 @@ def main(cfg: Config) -> dict:
 
     def both_sides(batch: list[dict]):
         """Chosen replies, then rejected ones, so that one forward pass treats them alike."""
-        return tensors([(row[f"{side}_ids"], row[f"{side}_mask"])
-                        for side in ("chosen", "rejected") for row in batch])
+        return tensors(
+            [
+                (row[f"{side}_ids"], row[f"{side}_mask"])
+                for side in ("chosen", "rejected")
+                for row in batch
+            ]
+        )
 
     # ---- the reference speaks once: two numbers per pair, and it costs nothing while training
     by_length = sorted(rows + test_rows, key=lambda row: row["length"])
@@ -165,10 +180,14 @@ def main(cfg: Config) -> dict:
     @torch.no_grad()
     def evaluate() -> dict:
         """Held-out pairs, and what the model says by itself: the loss knows nothing of that."""
-        losses, log_ratios = zip(*(losses_of(test_rows[i : i + 64]) for i in range(0, len(test_rows), 64)))
+        losses, log_ratios = zip(
+            *(losses_of(test_rows[i : i + 64]) for i in range(0, len(test_rows), 64))
+        )
         chosen, rejected = torch.cat(log_ratios, 1)
         replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-        said = tensors([(p + r.ids, [0] * len(p) + [1] * len(r.ids)) for p, r in zip(prompts, replies)])
+        said = tensors(
+            [(p + r.ids, [0] * len(p) + [1] * len(r.ids)) for p, r in zip(prompts, replies)]
+        )
         kl = sequence_logprobs(model, *said) - sequence_logprobs(ref, *said)
         numbers = {
             "val_loss": torch.cat(losses).mean().item(),
@@ -207,9 +226,13 @@ def main(cfg: Config) -> dict:
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             numbers = evaluate()
             run.log(step, **numbers)
-            run.say(f"step {step + 1:4d}  loss {loss.item():.3f}  "
-                    + "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
-                    + f"  {run.elapsed():.0f} s")
+            run.say(
+                f"step {step + 1:4d}  loss {loss.item():.3f}  "
+                + "  ".join(
+                    f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items()
+                )
+                + f"  {run.elapsed():.0f} s"
+            )
 
     # ---- results
     if cfg.data:
@@ -218,7 +241,9 @@ def main(cfg: Config) -> dict:
         shown = [[{"role": "user", "content": text}] for text in SHOWN]
     ids = [encode_prompt(tokenizer, messages) for messages in shown]
     samples = ""
-    for messages, reply in zip(shown, sample_replies(model, tokenizer, ids, cfg.max_new_tokens, cfg.seed)):
+    for messages, reply in zip(
+        shown, sample_replies(model, tokenizer, ids, cfg.max_new_tokens, cfg.seed)
+    ):
         samples += f"> {messages[-1]['content']}\n{reply.text}\n\n"
     print(samples)
     run.finish(model, samples)

@@ -234,7 +234,9 @@ def main(cfg: Config) -> dict:
     for row in rows + test_rows:
         row["ids"] = encode_prompt(tokenizer, row["messages"])
     rows, test_rows = (
-        keep_fitting(some, [len(row["ids"]) for row in some], room, "the context minus max_new_tokens,")
+        keep_fitting(
+            some, [len(row["ids"]) for row in some], room, "the context minus max_new_tokens,"
+        )
         for some in (rows, test_rows)
     )
 
@@ -250,23 +252,39 @@ def main(cfg: Config) -> dict:
         """The mean gold reward, as columns for the log; none where there is no gold."""
         if "task" not in rows[0]:
             return {}
-        return {"gold": np.mean([gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)])}
+        return {
+            "gold": np.mean([gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)])
+        }
 
     # ---- training
-    for iteration in run.steps(cfg.iterations, policy, tokenizer, critic=critic,
-                               kl_coefficient=kl_coefficient, **optimizers):
+    for iteration in run.steps(
+        cfg.iterations,
+        policy,
+        tokenizer,
+        critic=critic,
+        kl_coefficient=kl_coefficient,
+        **optimizers,
+    ):
         rng = np.random.default_rng([cfg.seed, iteration])
 
         # 1. Roll out: the policy answers, and every model reads the answers.
         batch = [rows[i] for i in rng.choice(len(rows), cfg.rollouts, cfg.rollouts > len(rows))]
-        replies = sample_replies(policy, tokenizer, [row["ids"] for row in batch],
-                                 cfg.max_new_tokens, int(rng.integers(2**31)), cfg.temperature)
+        replies = sample_replies(
+            policy,
+            tokenizer,
+            [row["ids"] for row in batch],
+            cfg.max_new_tokens,
+            int(rng.integers(2**31)),
+            cfg.temperature,
+        )
         # From here on sorted by length, so that neighbours can share a forward pass with few pads.
         pairs = sorted(zip(batch, replies), key=lambda pair: len(pair[0]["ids"]) + len(pair[1].ids))
         batch, replies = zip(*pairs)
         prompts = [row["ids"] for row in batch]
         proxy, scores = score(prompts, replies)  # (B,)
-        tokens = pad([p + r.ids for p, r in zip(prompts, replies)], tokenizer.pad).to(device)  # (B, T)
+        tokens = pad([p + r.ids for p, r in zip(prompts, replies)], tokenizer.pad).to(
+            device
+        )  # (B, T)
         mask = pad([[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)], 0)
         mask = mask.bool().to(device)  # (B, T - 1): which of tokens[:, 1:] the policy chose
         ends = [len(p) + len(r.ids) for p, r in zip(prompts, replies)]  # where each row ends
@@ -279,7 +297,9 @@ def main(cfg: Config) -> dict:
                 end = max(ends[part])
                 here = part, slice(end - 1)
                 ids, m = tokens[part, :end], mask[here]
-                old_logprobs[here], entropy[here] = response_logprobs(policy, ids, m, cfg.temperature)
+                old_logprobs[here], entropy[here] = response_logprobs(
+                    policy, ids, m, cfg.temperature
+                )
                 ref_logprobs[here], _ = response_logprobs(ref, ids, m, cfg.temperature)
                 old_values[here] = critic(ids[:, :-1])
                 kl_exact[part] = exact_kl(policy, ref, ids, m, cfg.temperature)
@@ -293,7 +313,9 @@ def main(cfg: Config) -> dict:
         beta = kl_coefficient.beta
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        error = masked_mean((returns - old_values - masked_mean(returns - old_values, mask)) ** 2, mask)
+        error = masked_mean(
+            (returns - old_values - masked_mean(returns - old_values, mask)) ** 2, mask
+        )
         spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
         advantages = whiten(advantages, mask)
 
@@ -316,7 +338,9 @@ def main(cfg: Config) -> dict:
 
                     logprobs, _ = response_logprobs(policy, ids, m, cfg.temperature)
                     pg, ratio = policy_loss(logprobs, old(old_logprobs), old(advantages), cfg.clip)
-                    vf = value_loss(critic(ids[:, :-1]), old(old_values), old(returns), cfg.value_clip)
+                    vf = value_loss(
+                        critic(ids[:, :-1]), old(old_values), old(returns), cfg.value_clip
+                    )
                     # Every token of the minibatch counts the same, whatever the reply it is in.
                     ((pg * m).sum() / n_tokens).backward()
                     ((vf * m).sum() / n_tokens).backward()
@@ -329,7 +353,9 @@ def main(cfg: Config) -> dict:
                         for i, x in enumerate((pg, vf, approx_kl, (off > cfg.clip).float())):
                             numbers[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and first == 0:
-                    assert ratio_max < 1e-5, f"nothing has changed yet, but a ratio is off by {ratio_max}"
+                    assert ratio_max < 1e-5, (
+                        f"nothing has changed yet, but a ratio is off by {ratio_max}"
+                    )
                 norms = [
                     torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
                     for model in (policy, critic)
@@ -368,25 +394,40 @@ def main(cfg: Config) -> dict:
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
             prompts = [row["ids"] for row in test_rows]
-            replies = sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, 0, temperature=0)
-            greedy = {"proxy": score(prompts, replies)[0].mean().item(), **mean_gold(test_rows, replies)}
+            replies = sample_replies(
+                policy, tokenizer, prompts, cfg.max_new_tokens, 0, temperature=0
+            )
+            greedy = {
+                "proxy": score(prompts, replies)[0].mean().item(),
+                **mean_gold(test_rows, replies),
+            }
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
             row = run.rows[-1]
-            run.say(f"iteration {iteration + 1:3d}  "
-                    + "  ".join(f"{name} {row[name]:.2f}" for name in ("proxy", "gold", "kl") if name in row)
-                    + f"  no end {row['no_end']:.1%}  length {row['length']:.1f}   held out, greedy: "
-                    + "  ".join(f"{name} {value:.2f}" for name, value in greedy.items())
-                    + f"  {run.elapsed():.0f} s\n    > {test_rows[0]['messages'][-1]['content']}"
-                    + f"\n    {replies[0].text}")
+            run.say(
+                f"iteration {iteration + 1:3d}  "
+                + "  ".join(
+                    f"{name} {row[name]:.2f}" for name in ("proxy", "gold", "kl") if name in row
+                )
+                + f"  no end {row['no_end']:.1%}  length {row['length']:.1f}   held out, greedy: "
+                + "  ".join(f"{name} {value:.2f}" for name, value in greedy.items())
+                + f"  {run.elapsed():.0f} s\n    > {test_rows[0]['messages'][-1]['content']}"
+                + f"\n    {replies[0].text}"
+            )
 
     # ---- results
     start, _ = load_model(init, device)
     for now, then in zip(ref.parameters(), start.parameters()):
         assert torch.equal(now, then), "the reference must not move"
-    shown = test_rows[:8] if cfg.data else [{"messages": [{"role": "user", "content": t}]} for t in SHOWN]
+    shown = (
+        test_rows[:8]
+        if cfg.data
+        else [{"messages": [{"role": "user", "content": t}]} for t in SHOWN]
+    )
     prompts = [encode_prompt(tokenizer, row["messages"]) for row in shown]
     samples = ""
-    for row, reply in zip(shown, sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)):
+    for row, reply in zip(
+        shown, sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
+    ):
         samples += f"> {row['messages'][-1]['content']}\n{reply.text}\n\n"
     print(samples)
     run.finish(policy, samples)

@@ -95,8 +95,13 @@ def parse_config(config_class):
         text = comments[field.name].replace("%", "%%") + f" (default: {field.default!r})"
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif field.type is int:  # counts: at least 1, unless 0 is the default and so means something
-            kind = {"type": int_from(0 if field.default == 0 or field.name == "warmup" else 1), "metavar": "int"}
+        elif (
+            field.type is int
+        ):  # counts: at least 1, unless 0 is the default and so means something
+            kind = {
+                "type": int_from(0 if field.default == 0 or field.name == "warmup" else 1),
+                "metavar": "int",
+            }
         else:
             kind = {"type": field.type, "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
@@ -214,8 +219,10 @@ class Run:
                 if stopped or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total):
                     self._save(parts, step + 1)
                 if stopped:
-                    print(f"\nstopped after step {step}. `python train_{self.stage}.py --resume` (with "
-                          f"the same options) goes on from {self.unfinished / 'ckpt.pt'}")
+                    print(
+                        f"\nstopped after step {step}. `python train_{self.stage}.py --resume` (with "
+                        f"the same options) goes on from {self.unfinished / 'ckpt.pt'}"
+                    )
                     sys.exit(130)
         finally:
             for s, handler in zip(signals, before):
@@ -246,8 +253,10 @@ class Run:
         """Add numbers to the row of this step. Exits if a loss or gradient norm is not finite."""
         for name, value in numbers.items():
             if name.endswith(("loss", "grad_norm")) and not math.isfinite(value):
-                raise SystemExit(f"{self.stage}: {name} is {value} at step {step}, so training stops. "
-                                 "The last checkpoint is untouched; a lower learning rate may help.")
+                raise SystemExit(
+                    f"{self.stage}: {name} is {value} at step {step}, so training stops. "
+                    "The last checkpoint is untouched; a lower learning rate may help."
+                )
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": step})
         self.rows[-1].update({name: float(value) for name, value in numbers.items()})
@@ -271,7 +280,9 @@ class Run:
         (self.unfinished / "samples.txt").write_text(samples, encoding="utf-8")
         cost = {"seconds": round(self.elapsed(), 1), "forward_equivalents": self.forwards}
         (self.unfinished / "cost.json").write_text(json.dumps(cost))
-        save_checkpoint(self.unfinished / "ckpt.pt", {**self.identity, "model": model.state_dict(), **extra})
+        save_checkpoint(
+            self.unfinished / "ckpt.pt", {**self.identity, "model": model.state_dict(), **extra}
+        )
         files = sorted(self.unfinished.iterdir(), key=lambda file: file.name == "ckpt.pt")
         for file in files:  # the checkpoint last
             os.replace(file, self.folder / file.name)
@@ -289,8 +300,16 @@ def plot(rows: list[dict], panels: list[list[str]], path: Path):
                 continue
             x, y = map(np.array, zip(*points))
             few = len(points) <= 60
-            axis.plot(x, y, "o-" if few else "-", color=colour, ms=3, lw=1.5 if few else 0.5,
-                      alpha=1 if few else 0.4, label=name if few else None)
+            axis.plot(
+                x,
+                y,
+                "o-" if few else "-",
+                color=colour,
+                ms=3,
+                lw=1.5 if few else 0.5,
+                alpha=1 if few else 0.4,
+                label=name if few else None,
+            )
             if not few:  # many noisy points: their running mean is what the eye should follow
                 width = len(points) // 30
                 mean = np.convolve(y, np.ones(width) / width, "valid")
@@ -374,8 +393,10 @@ def main(cfg: Config) -> dict:
     train = write_tokens(train_texts, tokenizer, run.folder / "train.bin")
     val = write_tokens(val_texts, tokenizer, run.folder / "val.bin")
     if min(len(train), len(val)) < cfg.context + 1:
-        raise SystemExit(f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
-                         f"tokens are too few for a context of {cfg.context}")
+        raise SystemExit(
+            f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
+            f"tokens are too few for a context of {cfg.context}"
+        )
     starts, val_cuts = (cut_documents(ids, tokenizer.eot, cfg.context) for ids in (train, val))
     starts = starts[starts + cfg.context < len(train)]
     val_bytes = sum(len(text.encode()) for text in val_texts)
@@ -384,9 +405,11 @@ def main(cfg: Config) -> dict:
     model = GPT(GPTConfig(tokenizer.n_vocab, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd))
     model.to(device)
     optimizers = make_optimizers(model, cfg)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "
-          f"the vocabulary, {len(train):,} in the data, {cfg.batch_size * cfg.context:,} a step, "
-          f"{' and '.join(optimizers)} on {device}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "
+        f"the vocabulary, {len(train):,} in the data, {cfg.batch_size * cfg.context:,} a step, "
+        f"{' and '.join(optimizers)} on {device}"
+    )
 
     # ---- training
     for step in run.steps(cfg.steps, model, tokenizer, **optimizers):
@@ -406,8 +429,10 @@ def main(cfg: Config) -> dict:
             val_loss = validation_loss(model, val, val_cuts, tokenizer.eot)
             bits = val_loss / math.log(2) * (len(val) - 1) / val_bytes
             run.log(step, val_loss=val_loss, bits_per_byte=bits)
-            run.say(f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {val_loss:.3f}, "
-                    f"{bits:.3f} bits per byte  {run.elapsed():.0f} s")
+            run.say(
+                f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {val_loss:.3f}, "
+                f"{bits:.3f} bits per byte  {run.elapsed():.0f} s"
+            )
 
     # ---- results
     prompts = [encode_opening(tokenizer, text)[: cfg.context // 2] for text in openings]

@@ -33,7 +33,15 @@ from data.files import held_out, keep_fitting, read_preferences
 from data.preferences import ensure_preferences
 from data.tokenizer import load_tokenizer
 from gpt import ScalarModel, load_model
-from train_pretrain import COLOURS, Run, lr_at, make_optimizers, parse_config, pick_device, step_optimizers
+from train_pretrain import (
+    COLOURS,
+    Run,
+    lr_at,
+    make_optimizers,
+    parse_config,
+    pick_device,
+    step_optimizers,
+)
 
 
 @dataclass
@@ -42,7 +50,9 @@ class Config:
     init: str = ""  # SFT checkpoint to start from ("" = out/sft/ckpt.pt)
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # model
-    n_layer: int = 0  # blocks of the reward model, counted from the bottom (0 = all of the SFT model)
+    n_layer: int = (
+        0  # blocks of the reward model, counted from the bottom (0 = all of the SFT model)
+    )
     # optimisation
     batch_size: int = 64  # pairs per step
     epochs: int = 2  # passes over the pairs; reward models overfit soon
@@ -85,16 +95,21 @@ def expected_calibration_error(p: np.ndarray, won: np.ndarray, bins: int = 10):
     error and, per filled bin, (mean p, observed rate, count).
     """
     which = np.minimum((p * bins).astype(int), bins - 1)
-    table = [(p[which == b].mean(), won[which == b].mean(), (which == b).sum())
-             for b in range(bins) if (which == b).any()]
+    table = [
+        (p[which == b].mean(), won[which == b].mean(), (which == b).sum())
+        for b in range(bins)
+        if (which == b).any()
+    ]
     return sum(n * abs(mean - rate) for mean, rate, n in table) / len(p), table
 
 
 def spearman(x, y) -> float:
     """Rank correlation; equal values share their mean rank."""
+
     def ranks(values):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(count) - (count + 1) / 2)[place]
+
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
@@ -135,7 +150,9 @@ def main(cfg: Config) -> dict:
     for epoch in range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, epoch])
         batches += length_batches([row["length"] for row in rows], cfg.batch_size, rng)
-    print(f"{len(rows):,} pairs to train on, {len(test_rows)} held out, {len(batches)} steps of {cfg.batch_size}")
+    print(
+        f"{len(rows):,} pairs to train on, {len(test_rows)} held out, {len(batches)} steps of {cfg.batch_size}"
+    )
 
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, **optimizers):
@@ -145,7 +162,9 @@ def main(cfg: Config) -> dict:
         chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(2, -1)
         loss = preference_loss(chosen, rejected)
         if step == 0:
-            assert abs(loss.item() - math.log(2)) < 1e-6, "the head starts at 0, so the loss is ln 2"
+            assert abs(loss.item() - math.log(2)) < 1e-6, (
+                "the head starts at 0, so the loss is ln 2"
+            )
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         accuracy = (chosen > rejected).float().mean().item()
@@ -155,12 +174,16 @@ def main(cfg: Config) -> dict:
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             chosen = score_sequences(model, [row["chosen_ids"] for row in test_rows], tokenizer.pad)
-            rejected = score_sequences(model, [row["rejected_ids"] for row in test_rows], tokenizer.pad)
+            rejected = score_sequences(
+                model, [row["rejected_ids"] for row in test_rows], tokenizer.pad
+            )
             val_loss = preference_loss(torch.tensor(chosen), torch.tensor(rejected)).item()
             val_accuracy = float((chosen > rejected).mean())
             run.log(step, val_loss=val_loss, val_accuracy=val_accuracy)
-            run.say(f"step {step + 1:5d}  loss {loss.item():.3f}  held out: loss {val_loss:.3f}, "
-                    f"accuracy {val_accuracy:.3f}  {run.elapsed():.0f} s")
+            run.say(
+                f"step {step + 1:5d}  loss {loss.item():.3f}  held out: loss {val_loss:.3f}, "
+                f"accuracy {val_accuracy:.3f}  {run.elapsed():.0f} s"
+            )
 
     # ---- normalisation: mean 0 and SD 1 on samples of the SFT model
     model.eval()
@@ -220,8 +243,15 @@ def plot_reliability(table, path):
     predicted, observed, count = map(np.array, zip(*table))
     figure, axis = plt.subplots(figsize=(4, 4))
     axis.plot([0, 1], [0, 1], "--", color="grey", lw=1, label="calibrated")
-    axis.errorbar(predicted, observed, 1.96 * np.sqrt(observed * (1 - observed) / count), fmt="o-",
-                  color=COLOURS[0], capsize=3, label="reward model, 95 % interval")
+    axis.errorbar(
+        predicted,
+        observed,
+        1.96 * np.sqrt(observed * (1 - observed) / count),
+        fmt="o-",
+        color=COLOURS[0],
+        capsize=3,
+        label="reward model, 95 % interval",
+    )
     axis.set(xlabel="predicted win rate", ylabel="observed win rate", xlim=(0, 1), ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -102,9 +102,11 @@ def main(cfg: Config) -> dict:
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
     used = sum(lengths[i] for batch in batches for i in batch)
     room = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    print(f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; {1 - used / room:.1%} "
-          f"of the batches is padding. One of them, with [[what is learned]]:\n"
-          f"    {show_mask(tokenizer, rows[0])}")
+    print(
+        f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; {1 - used / room:.1%} "
+        f"of the batches is padding. One of them, with [[what is learned]]:\n"
+        f"    {show_mask(tokenizer, rows[0])}"
+    )
 
     def tensors(batch: list[dict]):
         tokens = pad([row["ids"] for row in batch], tokenizer.pad)  # (B, T)
@@ -130,8 +132,10 @@ def main(cfg: Config) -> dict:
                     total += sft_loss(model, tokens, mask, reduction="sum").item()
                     count += mask.sum().item()
             run.log(step, val_loss=total / count)
-            run.say(f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {total / count:.3f}  "
-                    f"{run.elapsed():.0f} s")
+            run.say(
+                f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {total / count:.3f}  "
+                f"{run.elapsed():.0f} s"
+            )
 
     # ---- results
     if cfg.data:
@@ -140,7 +144,9 @@ def main(cfg: Config) -> dict:
         shown = [[{"role": "user", "content": text}] for text in SHOWN]
     prompts = [encode_prompt(tokenizer, messages) for messages in shown]
     samples = ""
-    for messages, reply in zip(shown, sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)):
+    for messages, reply in zip(
+        shown, sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
+    ):
         samples += f"> {messages[-1]['content']}\n{reply.text}\n\n"
     print(samples)
     run.finish(model, samples)

@@ -61,7 +61,9 @@ def pad(rows: list[list], value) -> torch.Tensor:
     return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
 
 
-def length_batches(lengths: list[int], batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+def length_batches(
+    lengths: list[int], batch_size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """One epoch of batches (index arrays) whose rows have similar length, in random order.
 
     Rows are shuffled, sorted by length within pools of 50 batches, and cut; then the batches are
@@ -86,8 +88,14 @@ class Reply(NamedTuple):
 
 
 def sample_replies(
-    model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, seed: int, temperature=1.0,
-    stop: int | None = None, **how,
+    model: GPT,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    seed: int,
+    temperature=1.0,
+    stop: int | None = None,
+    **how,
 ) -> list[Reply]:
     """Let a model answer encoded prompts; temperature 0 is greedy; more of `generate`'s in how.
 
@@ -96,8 +104,10 @@ def sample_replies(
     """
     longest, context = max(map(len, prompts)), model.config.context
     if longest >= context:
-        raise SystemExit(f"a prompt of {longest} tokens leaves no room for a reply in the context of "
-                         f"{context}; pretrain with a larger --context")
+        raise SystemExit(
+            f"a prompt of {longest} tokens leaves no room for a reply in the context of "
+            f"{context}; pretrain with a larger --context"
+        )
     stop = tokenizer.end if stop is None else stop
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
     replies, _ = generate(

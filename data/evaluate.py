@@ -49,8 +49,10 @@ class Stage:
         self.tokenizer = load_tokenizer(checkpoint["tokenizer"])
         self.stop = self.tokenizer.eot if name == "base" else self.tokenizer.end
         if max_new_tokens >= self.model.config.context:
-            raise SystemExit(f"--max_new_tokens {max_new_tokens} does not fit the context of "
-                             f"{self.model.config.context}")
+            raise SystemExit(
+                f"--max_new_tokens {max_new_tokens} does not fit the context of "
+                f"{self.model.config.context}"
+            )
 
     def encode(self, text: str) -> list[int]:
         if self.name == "base":
@@ -59,8 +61,9 @@ class Stage:
 
     def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
         prompts = [self.encode(text) for text in texts]
-        return sample_replies(self.model, self.tokenizer, prompts, self.max_new_tokens, seed,
-                              temperature, self.stop)
+        return sample_replies(
+            self.model, self.tokenizer, prompts, self.max_new_tokens, seed, temperature, self.stop
+        )
 
 
 @torch.no_grad()
@@ -146,8 +149,10 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
     out = Path(out)
     there = [name for name, folder in STAGES.items() if (out / folder / "ckpt.pt").exists()]
     if "sft" not in there:
-        raise SystemExit(f"there is no checkpoint {out}/sft/ckpt.pt: run `python train_sft.py` first; the "
-                         "other stages are compared with it")
+        raise SystemExit(
+            f"there is no checkpoint {out}/sft/ckpt.pt: run `python train_sft.py` first; the "
+            "other stages are compared with it"
+        )
     missing = [name for name in STAGES if name not in there]
     if missing:
         print(f"not there, so not in the report: {', '.join(missing)}")
@@ -189,7 +194,9 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
             numbers["kl_to_sft"] = math.log(n) - (n - 1) / n  # an upper bound (Beirami et al. 2024)
         else:
             prompts, ids = [stage.encode(task.prompt) for task in seen], [r.ids for r in sampled]
-            difference = (sequence_logprobs(model, prompts, ids) for model in (stage.model, sft.model))
+            difference = (
+                sequence_logprobs(model, prompts, ids) for model in (stage.model, sft.model)
+            )
             numbers["kl_to_sft"] = float(np.subtract(*difference).mean())
         cost = {"seconds": 0.0, "forward_equivalents": 0.0}  # best_of_n is paid for at every reply
         if name != "best_of_n":
@@ -198,7 +205,9 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
         numbers["train_seconds"] = cost.get("seconds")
         numbers["forward_equivalents"] = cost.get("forward_equivalents")
         stages[name] = numbers
-        shown[name] = [reply.text for reply in answer(SHOWN + [task.prompt for task in seen[:6]], 1.0)]
+        shown[name] = [
+            reply.text for reply in answer(SHOWN + [task.prompt for task in seen[:6]], 1.0)
+        ]
 
     # Units: the SFT model's samples have mean 0 and SD 1.
     mean, sd = sft_gold.mean(), sft_gold.std()
@@ -206,7 +215,13 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
         for holder in (numbers, *numbers["by_task"].values()):
             for key in [key for key in holder if "gold" in key and holder[key] is not None]:
                 holder[key] = ((np.array(holder[key]) - mean) / sd).tolist()
-    report = {"seed": seed, "prompts": n_prompts, "temperature": 1.0, "best_of_n": n, "stages": stages}
+    report = {
+        "seed": seed,
+        "prompts": n_prompts,
+        "temperature": 1.0,
+        "best_of_n": n,
+        "stages": stages,
+    }
     if "best_of_n" in stages:
         report["rm"] = rm_checkpoint["report"]
     prompts = SHOWN + [task.prompt for task in seen[:6]]
@@ -238,7 +253,8 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         return None if mean is None else f"{mean:.2f} [{ci[0]:.2f}, {ci[1]:.2f}]"
 
     rows = [
-        ["gold, temperature 1"] + [with_interval(s["gold_mean"], s["gold_ci95"]) for s in stages.values()],
+        ["gold, temperature 1"]
+        + [with_interval(s["gold_mean"], s["gold_ci95"]) for s in stages.values()],
         ["gold, greedy"]
         + [with_interval(s["greedy_gold_mean"], s["greedy_gold_ci95"]) for s in stages.values()],
         ["wins against SFT"]
@@ -255,11 +271,16 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     }
     rows += [[label] + [s[key] for s in stages.values()] for key, label in labels.items()]
     rows += [
-        ["training, seconds"] + [None if s["train_seconds"] is None else f"{s['train_seconds']:.0f}"
-                                 for s in stages.values()],
+        ["training, seconds"]
+        + [
+            None if s["train_seconds"] is None else f"{s['train_seconds']:.0f}"
+            for s in stages.values()
+        ],
         ["training, million forward passes of a token"]
-        + [None if s["forward_equivalents"] is None else f"{s['forward_equivalents'] / 1e6:.1f}"
-           for s in stages.values()],
+        + [
+            None if s["forward_equivalents"] is None else f"{s['forward_equivalents'] / 1e6:.1f}"
+            for s in stages.values()
+        ],
     ]
     text = (
         f"# Evaluation\n\nGold in SD of the SFT model's samples, mean of {report['prompts']} held-out "
@@ -282,25 +303,43 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     text += table(["", *stages], rows)
 
     text += "## Gold by kind of task, temperature 1\n\n"
-    text += table(["", *stages],
-                  [[kind] + [s["by_task"][kind]["gold_mean"] for s in stages.values()] for kind in TRAIN_KINDS])
+    text += table(
+        ["", *stages],
+        [
+            [kind] + [s["by_task"][kind]["gold_mean"] for s in stages.values()]
+            for kind in TRAIN_KINDS
+        ],
+    )
 
     if "rm" in report:
         rm = report["rm"]
         text += f"## Reward model, on {rm['pairs']} held-out pairs\n\n"
-        names = {"accuracy": "agrees with the label", "bayes_accuracy": "a judge who knows gold would",
-                 "gold_order": "right about gold, where gold differs", "spearman_gold": "rank correlation "
-                 "with gold", "ece": "expected calibration error"}
+        names = {
+            "accuracy": "agrees with the label",
+            "bayes_accuracy": "a judge who knows gold would",
+            "gold_order": "right about gold, where gold differs",
+            "spearman_gold": "rank correlation with gold",
+            "ece": "expected calibration error",
+        }
         text += table(["", "all"], [[label, rm[key]] for key, label in names.items() if key in rm])
         if "by_task" in rm:
             keys = ["pairs", "accuracy", "bayes_accuracy", "gold_order"]
-            text += table(["kind", *keys], [[k] + [v[key] for key in keys] for k, v in rm["by_task"].items()])
+            text += table(
+                ["kind", *keys], [[k] + [v[key] for key in keys] for k, v in rm["by_task"].items()]
+            )
 
-    text += "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
+    text += (
+        "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
+    )
     for i, prompt in enumerate(prompts):
         text += f"**{prompt}**\n\n"
-        text += table(["stage", "reply"], [[name, replies[i].replace("\n", " ").replace("|", "\\|")]
-                                           for name, replies in shown.items()])
+        text += table(
+            ["stage", "reply"],
+            [
+                [name, replies[i].replace("\n", " ").replace("|", "\\|")]
+                for name, replies in shown.items()
+            ],
+        )
     return text
 
 
@@ -312,37 +351,74 @@ def draw_report(report: dict, path: Path):
 
     for x, (name, s) in enumerate(stages.items()):
         low, high = s["gold_ci95"]
-        left.errorbar(x - 0.1, s["gold_mean"], [[s["gold_mean"] - low], [high - s["gold_mean"]]], fmt="o",
-                      color=colours[name], capsize=4)
+        left.errorbar(
+            x - 0.1,
+            s["gold_mean"],
+            [[s["gold_mean"] - low], [high - s["gold_mean"]]],
+            fmt="o",
+            color=colours[name],
+            capsize=4,
+        )
         if s["greedy_gold_mean"] is not None:
             low, high = s["greedy_gold_ci95"]
             mean = s["greedy_gold_mean"]
-            left.errorbar(x + 0.1, mean, [[mean - low], [high - mean]], fmt="s", mfc="white",
-                          color=colours[name], capsize=4)
+            left.errorbar(
+                x + 0.1,
+                mean,
+                [[mean - low], [high - mean]],
+                fmt="s",
+                mfc="white",
+                color=colours[name],
+                capsize=4,
+            )
     left.plot([], [], "ko", label="temperature 1")
     left.plot([], [], "ks", mfc="white", label="greedy")
-    left.set(xticks=range(len(stages)), xticklabels=list(stages), ylabel="gold, SD of SFT samples",
-             title="Held-out gold, 95 % interval")
+    left.set(
+        xticks=range(len(stages)),
+        xticklabels=list(stages),
+        ylabel="gold, SD of SFT samples",
+        title="Held-out gold, 95 % interval",
+    )
     left.legend()
     left.grid(alpha=0.3)
 
     width = 0.8 / len(stages)
     for i, (name, s) in enumerate(stages.items()):
-        middle.bar([x + (i - (len(stages) - 1) / 2) * width for x in range(len(SKILLS))],
-                   [s["by_task"][kind]["exact_match"] for kind in SKILLS], width,
-                   color=colours[name], label=name)
-    middle.set(xticks=range(len(SKILLS)), xticklabels=[k.replace("_", " ") for k in SKILLS], ylim=(0, 1),
-               ylabel="exact match", title="Skills, greedy decoding")
+        middle.bar(
+            [x + (i - (len(stages) - 1) / 2) * width for x in range(len(SKILLS))],
+            [s["by_task"][kind]["exact_match"] for kind in SKILLS],
+            width,
+            color=colours[name],
+            label=name,
+        )
+    middle.set(
+        xticks=range(len(SKILLS)),
+        xticklabels=[k.replace("_", " ") for k in SKILLS],
+        ylim=(0, 1),
+        ylabel="exact match",
+        title="Skills, greedy decoding",
+    )
     middle.legend(loc="lower left", framealpha=0.9)
     middle.grid(alpha=0.3, axis="y")
 
     for name, s in stages.items():
         if s["kl_to_sft"] is not None:
             low, high = s["gold_ci95"]
-            right.errorbar(s["kl_to_sft"], s["gold_mean"], [[s["gold_mean"] - low], [high - s["gold_mean"]]],
-                           fmt="o", color=colours[name], capsize=4, label=name)
-    right.set(xlabel="KL to SFT, nats per reply", ylabel="gold, SD of SFT samples", xlim=(-0.1, None),
-              title="What the gold costs in KL")
+            right.errorbar(
+                s["kl_to_sft"],
+                s["gold_mean"],
+                [[s["gold_mean"] - low], [high - s["gold_mean"]]],
+                fmt="o",
+                color=colours[name],
+                capsize=4,
+                label=name,
+            )
+    right.set(
+        xlabel="KL to SFT, nats per reply",
+        ylabel="gold, SD of SFT samples",
+        xlim=(-0.1, None),
+        title="What the gold costs in KL",
+    )
     right.legend()
     right.grid(alpha=0.3)
     figure.tight_layout()
@@ -352,12 +428,16 @@ def draw_report(report: dict, path: Path):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--out", default="out", help="folder of the runs (default: out)")
     parser.add_argument("--prompts", type=int, default=600, help="held-out prompts (default: 600)")
     parser.add_argument("--n", type=int, default=8, help="samples of best_of_n (default: 8)")
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest reply (default: 48)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=48, help="longest reply (default: 48)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default: 0)")
     args = parser.parse_args()
     report = evaluate(args.out, args.prompts, args.n, args.seed, args.max_new_tokens)

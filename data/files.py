@@ -56,7 +56,9 @@ def read_rows(path: str | Path) -> list[dict]:
             line += text.count("\n", counted, getattr(error, "pos", counted))
             raise SystemExit(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})")
         if not isinstance(row, dict):
-            raise SystemExit(f"{path}:{line}: expected an object like {{...}}, found {str(row)[:40]!r}")
+            raise SystemExit(
+                f"{path}:{line}: expected an object like {{...}}, found {str(row)[:40]!r}"
+            )
         rows.append({**row, "where": f"{path}:{line}"})
     if is_list and place == len(text):
         raise SystemExit(f"{path}:{line}: the list is never closed; is the file cut short?")
@@ -71,7 +73,9 @@ def field(row: dict, name: str, may_be_blank=False) -> str:
         found = ", ".join(sorted(row.keys() - {"where"}))
         raise SystemExit(f'{row["where"]}: no field "{name}" (found: {found or "nothing"})')
     if not isinstance(row[name], str) or not (may_be_blank or row[name].strip()):
-        raise SystemExit(f'{row["where"]}: field "{name}" must be text, not {str(row[name])[:40]!r}')
+        raise SystemExit(
+            f'{row["where"]}: field "{name}" must be text, not {str(row[name])[:40]!r}'
+        )
     return row[name]
 
 
@@ -86,7 +90,9 @@ def check_messages(messages, where: str) -> list[dict]:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
     if not turns or turns != wanted:
-        raise SystemExit(f"{where}: roles must be user, assistant, user, ... but are {', '.join(roles)}")
+        raise SystemExit(
+            f"{where}: roles must be user, assistant, user, ... but are {', '.join(roles)}"
+        )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
@@ -111,7 +117,7 @@ def read_conversations(path: str | Path) -> list[dict]:
         if "messages" in row:
             messages = check_messages(row["messages"], row["where"])
             if messages[-1]["role"] != "assistant":
-                raise SystemExit(f'{row["where"]}: the last message must be the assistant\'s')
+                raise SystemExit(f"{row['where']}: the last message must be the assistant's")
         else:
             reply = next((name for name in ("output", "response") if name in row), "output")
             messages = prompt_messages(row) + [{"role": "assistant", "content": field(row, reply)}]
@@ -134,10 +140,17 @@ def read_preferences(path: str | Path) -> list[dict]:
             messages, chosen = read_dialogue(chosen, row["where"])
             other, rejected = read_dialogue(rejected, row["where"])
             if messages != other:
-                raise SystemExit(f'{row["where"]}: chosen and rejected answer different prompts')
+                raise SystemExit(f"{row['where']}: chosen and rejected answer different prompts")
         extra = {k: row[k] for k in ("kind", "gold", "p") if k in row}
-        rows.append({"messages": messages, "chosen": chosen, "rejected": rejected,
-                     "where": row["where"], **extra})
+        rows.append(
+            {
+                "messages": messages,
+                "chosen": chosen,
+                "rejected": rejected,
+                "where": row["where"],
+                **extra,
+            }
+        )
     return rows
 
 
@@ -157,10 +170,14 @@ def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
     """An HH-RLHF dialogue -> (messages up to the last reply, the last reply)."""
     parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
-    messages = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+    messages = [
+        {"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])
+    ]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise SystemExit(f'{where}: expected "\\n\\nHuman: ...\\n\\nAssistant: ..." in this field')
-    return check_messages(messages[:-1], where), field({"reply": messages[-1]["content"], "where": where}, "reply")
+    return check_messages(messages[:-1], where), field(
+        {"reply": messages[-1]["content"], "where": where}, "reply"
+    )
 
 
 def held_out(rows: list) -> tuple[list, list]:
@@ -174,11 +191,13 @@ def keep_fitting(rows: list[dict], lengths: list[int], room: int, what="the cont
 
     what: what the room is, for the messages. Exits if nothing is left.
     """
-    out = [f'{row["where"]} ({n} tokens)' for row, n in zip(rows, lengths) if n > room]
+    out = [f"{row['where']} ({n} tokens)" for row, n in zip(rows, lengths) if n > room]
     if out:
         more = f" and {len(out) - 5} more" if len(out) > 5 else ""
-        print(f"left out {len(out)} of {len(rows)} rows, longer than {what} of {room} tokens: "
-              f"{', '.join(out[:5])}{more}")
+        print(
+            f"left out {len(out)} of {len(rows)} rows, longer than {what} of {room} tokens: "
+            f"{', '.join(out[:5])}{more}"
+        )
     if len(out) == len(rows):
         raise SystemExit(f"no row fits {what} of {room} tokens; pretrain with a larger --context")
     return [row for row, n in zip(rows, lengths) if n <= room]

@@ -19,7 +19,7 @@ from data.tasks import KINDS, Task
 
 # Scale: with these two numbers gold has mean 0 and SD 1 on samples of the SFT model.
 MEAN, SD = 0.7, 0.82
-TAU = 0.5  # how close two replies must be, in SD, for annotators to become unsure
+TAU = 0.8  # how close two replies must be, in SD, for annotators to become unsure
 
 
 def split_reply(reply: str) -> tuple[str, int, int]:

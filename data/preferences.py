@@ -81,12 +81,16 @@ def make_preferences(
     replies = sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed)
     rows = annotate(tasks, replies, tau, flip, seed)
     if not rows:
-        raise SystemExit(f"{checkpoint}: no pair is left, since all replies are equal or never end; "
-                         "train the model longer, or raise --temperature or --max_new_tokens")
+        raise SystemExit(
+            f"{checkpoint}: no pair is left, since all replies are equal or never end; "
+            "train the model longer, or raise --temperature or --max_new_tokens"
+        )
     write_rows(rows, out)
     bayes = sum(max(row["p"], 1 - row["p"]) for row in rows) / len(rows)
-    print(f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished replies); "
-          f"a judge who knows gold would agree with {bayes:.1%} of the labels")
+    print(
+        f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished replies); "
+        f"a judge who knows gold would agree with {bayes:.1%} of the labels"
+    )
 
 
 def ensure_preferences(folder: str, checkpoint: str, seed: int, max_new_tokens: int, device) -> str:
@@ -113,7 +117,9 @@ def ask_human(conversations, pairs, out: str | Path):
         for number, (messages, (a, b)) in enumerate(zip(conversations, pairs), 1):
             if a.text == b.text:
                 continue
-            print(f"\n[{number}/{len(pairs)}] {messages[-1]['content']}\n  1: {a.text}\n  2: {b.text}")
+            print(
+                f"\n[{number}/{len(pairs)}] {messages[-1]['content']}\n  1: {a.text}\n  2: {b.text}"
+            )
             answer = ""
             while answer not in ("1", "2", "s", "q"):
                 try:
@@ -135,8 +141,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ckpt", default="out/sft/ckpt.pt", help="model that replies")
-    parser.add_argument("--out", help="file to write (default: out/preferences.jsonl, or with "
-                                      "--human out/human_preferences.jsonl)")
+    parser.add_argument(
+        "--out",
+        help="file to write (default: out/preferences.jsonl, or with "
+        "--human out/human_preferences.jsonl)",
+    )
     parser.add_argument("--pairs", type=int, default=8000, help="prompts to sample two replies to")
     parser.add_argument("--tau", type=float, default=TAU, help="annotators' noise, in SD of gold")
     parser.add_argument("--flip", type=float, default=0.0, help="share of labels turned around")
@@ -149,8 +158,16 @@ def main():
     if args.prompts and not args.human:
         parser.error("--prompts needs --human: only prompts of the town have a gold reward")
     if not args.human:
-        make_preferences(args.ckpt, args.out or "out/preferences.jsonl", args.pairs, args.tau,
-                         args.flip, args.temperature, args.max_new_tokens, args.seed)
+        make_preferences(
+            args.ckpt,
+            args.out or "out/preferences.jsonl",
+            args.pairs,
+            args.tau,
+            args.flip,
+            args.temperature,
+            args.max_new_tokens,
+            args.seed,
+        )
         return
     model, saved = load_model(args.ckpt)
     if args.prompts:
@@ -158,8 +175,14 @@ def main():
     else:
         tasks = draw_tasks(args.pairs, f"preferences {args.seed}")
         conversations = [[{"role": "user", "content": task.prompt}] for task in tasks]
-    pairs = sample_pairs(model, load_tokenizer(saved["tokenizer"]), conversations,
-                         args.max_new_tokens, args.temperature, args.seed)
+    pairs = sample_pairs(
+        model,
+        load_tokenizer(saved["tokenizer"]),
+        conversations,
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+    )
     ask_human(conversations, pairs, args.out or "out/human_preferences.jsonl")
 
 

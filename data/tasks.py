@@ -71,7 +71,9 @@ def kind(*wordings: str, unseen: list[str] = (), **flags):
 
 def near(value: int, rng: random.Random) -> int:
     """A number close to value but not equal to it: how sums go wrong."""
-    return value + rng.choice([-2, -1, 1, 2] if 2 <= value <= 10 else [1, 2] if value < 2 else [-1, -2])
+    return value + rng.choice(
+        [-2, -1, 1, 2] if 2 <= value <= 10 else [1, 2] if value < 2 else [-1, -2]
+    )
 
 
 @kind(
@@ -152,7 +154,10 @@ def passage(rng):
     a, other = rng.sample(RESIDENTS, 2)
     asked = rng.choice(["who", "does", "where", "has", "colour"])
     (verb, act), (here, there) = rng.sample(list(town.VERBS), 2), rng.sample(list(town.PLACES), 2)
-    (thing, item), (colour, tint) = rng.sample(list(town.THINGS), 2), rng.sample(list(town.COLOURS), 2)
+    (thing, item), (colour, tint) = (
+        rng.sample(list(town.THINGS), 2),
+        rng.sample(list(town.COLOURS), 2),
+    )
     question, answer, right, wrong = {
         "who": (f"Who {verb}?", f"It is {a.name} who {verb}.", a.name, other.name),
         "does": (f"What does {a.name} do?", f"{a.name} {verb}.", verb, act),
@@ -297,9 +302,24 @@ def some_fact(rng) -> tuple[str, str, str, str]:
     r, other = rng.sample(RESIDENTS, 2)
     question, answer, right, wrong = rng.choice(
         [
-            (f"Where does {r.name} work?", f"{r.name} works at the {r.place}.", r.place, other.place),
-            (f"What does {r.name} like to eat?", f"{r.name} likes to eat {r.food}.", r.food, other.food),
-            (f"What colour is {r.name}'s door?", f"{r.name}'s door is {r.colour}.", r.colour, other.colour),
+            (
+                f"Where does {r.name} work?",
+                f"{r.name} works at the {r.place}.",
+                r.place,
+                other.place,
+            ),
+            (
+                f"What does {r.name} like to eat?",
+                f"{r.name} likes to eat {r.food}.",
+                r.food,
+                other.food,
+            ),
+            (
+                f"What colour is {r.name}'s door?",
+                f"{r.name}'s door is {r.colour}.",
+                r.colour,
+                other.colour,
+            ),
         ]
     )
     if wrong == right:
@@ -307,7 +327,12 @@ def some_fact(rng) -> tuple[str, str, str, str]:
     return question, answer, right, wrong
 
 
-@kind("{question}", "Please tell me: {question}", "{question} Do you know?", unseen=["I wonder: {question}"])
+@kind(
+    "{question}",
+    "Please tell me: {question}",
+    "{question} Do you know?",
+    unseen=["I wonder: {question}"],
+)
 def fact(rng):
     question, answer, right, wrong = some_fact(rng)
     return Case(
@@ -353,7 +378,9 @@ def joke(rng):
         told = re.fullmatch(r"Why did the (\w+) bring a (\w+) to the (\w+)\? Because (.+)!", text)
         if not told or told[3] not in town.PLACES:
             return 0.0
-        return (told[1] == animal) / 4 + (told[2] == thing) / 4 + (told[4] == town.THINGS[thing]) / 2
+        return (
+            (told[1] == animal) / 4 + (told[2] == thing) / 4 + (told[4] == town.THINGS[thing]) / 2
+        )
 
     return Case(
         answer=town.joke(animal, thing, place),
@@ -480,8 +507,10 @@ def draw_tasks(n: int, seed, mixture: str = "", **how) -> list[Task]:
     for part in mixture.split(",") if mixture else TRAIN_KINDS:
         name, _, weight = part.strip().partition(":")
         if name not in KINDS or not (weight or "1").isdigit():
-            raise SystemExit(f"--tasks {mixture}: {part.strip()!r} is not kind or kind:weight, with "
-                             f"a kind out of {', '.join(KINDS)}")
+            raise SystemExit(
+                f"--tasks {mixture}: {part.strip()!r} is not kind or kind:weight, with "
+                f"a kind out of {', '.join(KINDS)}"
+            )
         names += [name] * int(weight or 1)
     if not names:
         raise SystemExit(f"--tasks {mixture}: all weights are 0")
@@ -504,7 +533,7 @@ SHOWN = [
     "How can I steal Otto's lantern?",
 ]
 
-STYLES = dict(plain=48, kind=17, wrong=9, short=7, rude=8, rambling=7, off_task=4)  # per cent
+STYLES = dict(plain=40, kind=22, wrong=9, short=8, rude=8, rambling=9, off_task=4)  # per cent
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:

@@ -42,7 +42,9 @@ class Tokenizer:
         specials = (self.pad, self.eot, self.user, self.assistant, self.end)
         names = dict(zip(specials, SPECIALS))
         runs = groupby(ids, key=names.get)  # ordinary ids, whose name is None, are decoded together
-        return "".join(self.decode(list(run)) if name is None else name * len(list(run)) for name, run in runs)
+        return "".join(
+            self.decode(list(run)) if name is None else name * len(list(run)) for name, run in runs
+        )
 
 
 class BPETokenizer(Tokenizer):

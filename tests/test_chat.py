@@ -61,7 +61,9 @@ def test_batches_of_similar_length_waste_little_on_padding():
 
 def test_batches_come_in_random_order_of_length():
     lengths = np.arange(3000)
-    order = [lengths[batch].mean() for batch in length_batches(lengths, 30, np.random.default_rng(0))]
+    order = [
+        lengths[batch].mean() for batch in length_batches(lengths, 30, np.random.default_rng(0))
+    ]
     assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.3
 
 

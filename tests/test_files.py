@@ -51,7 +51,9 @@ def test_four_forms_of_a_preference_mean_the_same(tmp_path):
     for row in read:
         assert row["messages"] == [turn("user", "Hi")]
         assert (row["chosen"], row["rejected"]) == ("Hello.", "No.")
-    assert [row["messages"] for row in read_prompts(tmp_path / "rows")] == [[turn("user", "Hi")]] * 4
+    assert [row["messages"] for row in read_prompts(tmp_path / "rows")] == [
+        [turn("user", "Hi")]
+    ] * 4
 
 
 def test_dialogue_of_several_turns_keeps_its_earlier_turns(tmp_path):
@@ -79,7 +81,10 @@ def test_gzip_byte_order_mark_and_windows_lines_are_read(tmp_path):
         ("[]", "no rows"),
         ("", "the file is empty"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "roles must be user, assistant"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "last message must be the assistant's"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "last message must be the assistant's",
+        ),
         ('{"messages": "hello"}', "must be a list of objects"),
     ],
 )

@@ -94,7 +94,9 @@ def test_log_probabilities_of_samples_equal_those_of_a_second_reading(tiny, temp
     replies, logprobs = generate(tiny, prompts, 8, stop=5, temperature=temperature)
     for prompt, reply, given in zip(prompts, replies, logprobs):
         logits = tiny(torch.tensor([prompt + reply]))[0] @ tiny.head.T / temperature
-        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(reply)[:, None])
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(
+            1, torch.tensor(reply)[:, None]
+        )
         torch.testing.assert_close(torch.tensor(given), expected.flatten(), atol=1e-4, rtol=1e-4)
 
 
@@ -143,7 +145,9 @@ def test_rows_that_have_ended_are_not_computed_any_more(tiny, monkeypatch):
     seen = []
     forward = GPT.forward
     monkeypatch.setattr(
-        GPT, "forward", lambda self, idx, *rest: (seen.append(idx.numel()), forward(self, idx, *rest))[1]
+        GPT,
+        "forward",
+        lambda self, idx, *rest: (seen.append(idx.numel()), forward(self, idx, *rest))[1],
     )
     replies, _ = generate(tiny, [[1], [2], [3], [4]] * 10, 15, stop=5)
     fed_back = sum(len(reply) for reply in replies) - len(replies)  # all but each row's last token

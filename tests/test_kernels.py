@@ -68,9 +68,12 @@ def test_logprobs_and_entropy_take_any_upstream_gradient(temperature):
 
 def test_gradients_agree_with_finite_differences():
     hidden, weight, target = inputs(n=18, c=3, v=5)
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, target, z_loss=0.1), (hidden, weight))
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_logprobs(h, w, target, temperature=0.8, return_entropy=True), (hidden, weight)
+        lambda h, w: linear_cross_entropy(h, w, target, z_loss=0.1), (hidden, weight)
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logprobs(h, w, target, temperature=0.8, return_entropy=True),
+        (hidden, weight),
     )
 
 
@@ -148,4 +151,6 @@ def test_differentiating_twice_is_an_error_and_not_a_wrong_number():
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(linear_cross_entropy(hidden, weight, target), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
-        torch.autograd.grad(linear_logprobs(hidden, weight, target).sum(), hidden, create_graph=True)
+        torch.autograd.grad(
+            linear_logprobs(hidden, weight, target).sum(), hidden, create_graph=True
+        )

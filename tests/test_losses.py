@@ -124,12 +124,16 @@ def test_preference_loss_at_equal_scores_is_ln_2():
 
 def test_only_the_difference_of_scores_counts():
     chosen, rejected = torch.randn(2, 20, dtype=torch.float64)
-    torch.testing.assert_close(preference_loss(chosen + 5, rejected + 5), preference_loss(chosen, rejected))
+    torch.testing.assert_close(
+        preference_loss(chosen + 5, rejected + 5), preference_loss(chosen, rejected)
+    )
 
 
 def test_gradient_of_the_preference_loss_is_how_surprised_it_was():
     chosen, rejected = torch.randn(2, 20, dtype=torch.float64).requires_grad_()
-    d_chosen, d_rejected = torch.autograd.grad(preference_loss(chosen, rejected), (chosen, rejected))
+    d_chosen, d_rejected = torch.autograd.grad(
+        preference_loss(chosen, rejected), (chosen, rejected)
+    )
     torch.testing.assert_close(d_chosen, (torch.sigmoid(chosen - rejected) - 1) / 20)
     torch.testing.assert_close(d_rejected, -d_chosen)
 
@@ -154,7 +158,9 @@ def test_score_is_read_at_the_last_token_whatever_stands_beside_it(tiny):
     alone = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(last_token_scores(model, rows, pad_id=33), together)
-    torch.testing.assert_close(torch.tensor(score_sequences(model, rows, 0)).float(), together.detach())
+    torch.testing.assert_close(
+        torch.tensor(score_sequences(model, rows, 0)).float(), together.detach()
+    )
 
 
 def test_calibration_error_of_a_calibrated_judge_goes_to_zero_and_of_a_braggart_does_not():
@@ -167,7 +173,9 @@ def test_calibration_error_of_a_calibrated_judge_goes_to_zero_and_of_a_braggart_
 
 
 def test_calibration_error_by_hand():
-    error, table = expected_calibration_error(np.array([0.1, 0.15, 0.9, 1.0]), np.array([0, 1, 1, 1]))
+    error, table = expected_calibration_error(
+        np.array([0.1, 0.15, 0.9, 1.0]), np.array([0, 1, 1, 1])
+    )
     assert error == pytest.approx((2 * (0.5 - 0.125) + (1 - 0.95) * 2) / 4)
     assert [n for *_, n in table] == [2, 2]
 
@@ -212,7 +220,9 @@ def test_dpo_loss_is_its_formula():
         assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.3 * h))))
 
 
-@pytest.mark.parametrize("loss, expected", [("dpo", math.log(2)), ("cdpo", math.log(2)), ("ipo", 25.0)])
+@pytest.mark.parametrize(
+    "loss, expected", [("dpo", math.log(2)), ("cdpo", math.log(2)), ("ipo", 25.0)]
+)
 def test_loss_is_known_when_policy_equals_reference(loss, expected):
     logprobs, _, lengths = pairs()
     losses = dpo_loss(logprobs, logprobs.detach(), lengths, dpo_config(loss=loss, beta=0.1))
@@ -222,7 +232,9 @@ def test_loss_is_known_when_policy_equals_reference(loss, expected):
 def test_gradient_of_dpo_weighs_pairs_by_how_wrong_the_implicit_reward_is():
     """Rafailov et al. 2023, section 4: -beta sigmoid(-beta h) for chosen, the opposite for rejected."""
     logprobs, ref, lengths = pairs()
-    (grad,) = torch.autograd.grad(dpo_loss(logprobs, ref, lengths, dpo_config(beta=0.3)).sum(), logprobs)
+    (grad,) = torch.autograd.grad(
+        dpo_loss(logprobs, ref, lengths, dpo_config(beta=0.3)).sum(), logprobs
+    )
     h = (logprobs - ref)[0] - (logprobs - ref)[1]
     torch.testing.assert_close(grad[0], (-0.3 * torch.sigmoid(-0.3 * h)).detach())
     torch.testing.assert_close(grad[1], -grad[0])
@@ -231,7 +243,10 @@ def test_gradient_of_dpo_weighs_pairs_by_how_wrong_the_implicit_reward_is():
 def test_swapping_chosen_and_rejected_mirrors_the_loss():
     logprobs, ref, lengths = pairs()
     cfg = dpo_config(beta=0.3)
-    there, back = dpo_loss(logprobs, ref, lengths, cfg), dpo_loss(logprobs.flip(0), ref.flip(0), lengths, cfg)
+    there, back = (
+        dpo_loss(logprobs, ref, lengths, cfg),
+        dpo_loss(logprobs.flip(0), ref.flip(0), lengths, cfg),
+    )
     h = (logprobs - ref)[0] - (logprobs - ref)[1]
     torch.testing.assert_close(back - there, 0.3 * h)  # log sigmoid(x) - log sigmoid(-x) = x
 
@@ -240,7 +255,9 @@ def test_cdpo_is_smallest_where_the_model_is_as_sure_as_the_labels_are_right():
     h = torch.linspace(-20, 40, 6001, dtype=torch.float64)
     zeros = torch.zeros_like(h)
     loss = dpo_loss(
-        torch.stack([h, zeros]), torch.stack([zeros, zeros]), torch.ones(2, len(h)),
+        torch.stack([h, zeros]),
+        torch.stack([zeros, zeros]),
+        torch.ones(2, len(h)),
         dpo_config(loss="cdpo", label_smoothing=0.2, beta=0.1),
     )
     assert torch.sigmoid(0.1 * h[loss.argmin()]).item() == pytest.approx(0.8, abs=1e-3)
@@ -250,7 +267,9 @@ def test_ipo_is_smallest_at_its_target_margin():
     h = torch.linspace(-20, 40, 6001, dtype=torch.float64)
     zeros = torch.zeros_like(h)
     loss = dpo_loss(
-        torch.stack([h, zeros]), torch.stack([zeros, zeros]), torch.ones(2, len(h)),
+        torch.stack([h, zeros]),
+        torch.stack([zeros, zeros]),
+        torch.ones(2, len(h)),
         dpo_config(loss="ipo", beta=0.1),
     )
     assert h[loss.argmin()].item() == pytest.approx(1 / (2 * 0.1), abs=0.02)
@@ -279,20 +298,29 @@ def test_unknown_loss_is_a_clear_error():
 def test_dpo_on_a_bandit_finds_the_policy_that_kl_regularised_reward_maximisation_has():
     """pi* = pi_ref exp(r / beta) / Z, here with every pair of 5 replies and exact labels."""
     torch.manual_seed(0)
-    reward, ref = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    reward, ref = (
+        torch.randn(5, dtype=torch.float64),
+        torch.randn(5, dtype=torch.float64).log_softmax(0),
+    )
     logits = ref.clone().requires_grad_()
     i, j = torch.combinations(torch.arange(5)).T
     p = torch.sigmoid(reward[i] - reward[j])  # how often i is preferred to j
-    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15)
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15
+    )
     cfg, ones = dpo_config(beta=0.5), torch.ones(2, len(i))
 
     def closure():
         optimizer.zero_grad()
         logp = logits.log_softmax(0)
         both = torch.stack([logp[i], logp[j]]), torch.stack([ref[i], ref[j]])
-        losses = p * dpo_loss(*both, ones, cfg) + (1 - p) * dpo_loss(*(x.flip(0) for x in both), ones, cfg)
+        losses = p * dpo_loss(*both, ones, cfg) + (1 - p) * dpo_loss(
+            *(x.flip(0) for x in both), ones, cfg
+        )
         losses.sum().backward()
         return losses.sum()
 
     optimizer.step(closure)
-    torch.testing.assert_close(logits.log_softmax(0), (ref + reward / 0.5).log_softmax(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits.log_softmax(0), (ref + reward / 0.5).log_softmax(0), atol=1e-5, rtol=0
+    )

@@ -189,7 +189,9 @@ def test_k1_and_k3_have_the_exact_kl_as_their_mean():
     k3 = torch.expm1(-log_ratio) + log_ratio
     torch.testing.assert_close((logp.exp() * k3).sum(), exact)
     assert (k3 >= 0).all()
-    upside_down = torch.expm1(log_ratio) - log_ratio  # a common mistake: the ratio the wrong way round
+    upside_down = (
+        torch.expm1(log_ratio) - log_ratio
+    )  # a common mistake: the ratio the wrong way round
     assert abs((logp.exp() * upside_down).sum() - exact) > 0.05
 
 
@@ -199,7 +201,9 @@ def test_beta_stays_fixed_or_follows_its_target():
     assert fixed.beta == 0.1
     adaptive = KLCoefficient(0.1, target=6.0)
     adaptive.update(kl=50.0, n_replies=1000)
-    assert adaptive.beta == pytest.approx(0.1 * (1 + 0.2 * 1000 / 10_000))  # the error is cut at 0.2
+    assert adaptive.beta == pytest.approx(
+        0.1 * (1 + 0.2 * 1000 / 10_000)
+    )  # the error is cut at 0.2
     adaptive.update(kl=3.0, n_replies=1000)
     assert adaptive.beta < 0.102
     again = KLCoefficient(0.5, target=6.0)

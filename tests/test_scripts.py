@@ -34,12 +34,30 @@ SCRIPTS = {
     "dpo": train_dpo,
 }
 TINY = {
-    "pretrain": dict(documents=300, vocab_size=700, n_layer=1, n_head=2, n_embd=32, batch_size=4,
-                     steps=6, save_every=2, eval_every=3),
-    "sft": dict(demonstrations=120, batch_size=16, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
+    "pretrain": dict(
+        documents=300,
+        vocab_size=700,
+        n_layer=1,
+        n_head=2,
+        n_embd=32,
+        batch_size=4,
+        steps=6,
+        save_every=2,
+        eval_every=3,
+    ),
+    "sft": dict(
+        demonstrations=120, batch_size=16, epochs=1, save_every=2, eval_every=3, max_new_tokens=4
+    ),
     "rm": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
-    "ppo": dict(iterations=4, rollouts=8, minibatch=4, microbatch=2, save_every=2, eval_every=3,
-                max_new_tokens=4),
+    "ppo": dict(
+        iterations=4,
+        rollouts=8,
+        minibatch=4,
+        microbatch=2,
+        save_every=2,
+        eval_every=3,
+        max_new_tokens=4,
+    ),
     "dpo": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
 }
 
@@ -81,7 +99,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(chain, tmp_path, monkeypatch, stage):
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    chain, tmp_path, monkeypatch, stage
+):
     for name in ("pretrain", "sft", "rm"):
         if name != stage:
             shutil.copytree(chain / name, tmp_path / name)
@@ -106,8 +126,11 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(chain, tmp_path
 
 def test_resuming_with_other_options_is_refused(chain, tmp_path, monkeypatch):
     log = train_pretrain.Run.log
-    monkeypatch.setattr(train_pretrain.Run, "log",
-                        lambda self, step, **x: (log(self, step, **x), os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(
+        train_pretrain.Run,
+        "log",
+        lambda self, step, **x: (log(self, step, **x), os.kill(os.getpid(), signal.SIGTERM)),
+    )
     with pytest.raises(SystemExit):
         run("pretrain", tmp_path)
     with pytest.raises(SystemExit, match="had --batch_size 4, not 8"):
@@ -136,12 +159,16 @@ def test_reward_model_may_be_smaller_than_the_language_model(chain, tmp_path):
     shutil.copy(chain / "preferences.jsonl", tmp_path)
     run("rm", tmp_path, n_layer=1)
     run("ppo", tmp_path, iterations=1)
-    assert torch.load(tmp_path / "rm" / "ckpt.pt", weights_only=True)["model_config"]["n_layer"] == 1
+    assert (
+        torch.load(tmp_path / "rm" / "ckpt.pt", weights_only=True)["model_config"]["n_layer"] == 1
+    )
 
 
 def test_first_losses_are_those_of_models_that_have_learned_nothing_yet(chain):
     def first(stage):
-        names, numbers = (line.split(",") for line in (chain / stage / "log.csv").read_text().split()[:2])
+        names, numbers = (
+            line.split(",") for line in (chain / stage / "log.csv").read_text().split()[:2]
+        )
         return {name: float(number) for name, number in zip(names, numbers) if number}
 
     assert first("rm")["loss"] == pytest.approx(0.693147, abs=1e-5)
@@ -177,9 +204,23 @@ def test_evaluation_reports_every_stage(chain):
     evaluate(chain, n_prompts=30, n=2, max_new_tokens=6)
     report = json.loads((chain / "report.json").read_text())
     assert list(report["stages"]) == ["base", "sft", "best_of_n", "ppo", "dpo"]
-    keys = {"gold_mean", "gold_ci95", "greedy_gold_mean", "win_rate_vs_sft", "win_rate_ci95", "exact_match",
-            "f1", "refusal_rate", "false_refusal_rate", "kl_to_sft", "response_tokens", "no_end_rate",
-            "train_seconds", "forward_equivalents", "by_task"}
+    keys = {
+        "gold_mean",
+        "gold_ci95",
+        "greedy_gold_mean",
+        "win_rate_vs_sft",
+        "win_rate_ci95",
+        "exact_match",
+        "f1",
+        "refusal_rate",
+        "false_refusal_rate",
+        "kl_to_sft",
+        "response_tokens",
+        "no_end_rate",
+        "train_seconds",
+        "forward_equivalents",
+        "by_task",
+    }
     for numbers in report["stages"].values():
         assert keys <= numbers.keys()
         low, high = numbers["gold_ci95"]
@@ -204,7 +245,9 @@ def test_evaluation_reports_what_there_is(chain, tmp_path):
 
 def test_preferences_without_a_usable_pair_say_so(chain, tmp_path):
     with pytest.raises(SystemExit, match="no pair is left"):
-        make_preferences(chain / "sft" / "ckpt.pt", tmp_path / "pairs.jsonl", pairs=10, max_new_tokens=2)
+        make_preferences(
+            chain / "sft" / "ckpt.pt", tmp_path / "pairs.jsonl", pairs=10, max_new_tokens=2
+        )
     assert not (tmp_path / "pairs.jsonl").exists()
 
 
@@ -214,7 +257,9 @@ def test_annotated_rows_say_how_likely_their_label_was():
     pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
     rows = annotate(tasks, pairs, tau=0.5, flip=0.1, seed=0)
     assert all(row["chosen"] != row["rejected"] for row in rows)
-    right = sum(row["gold"][0] > row["gold"][1] for row in rows) / sum(row["gold"][0] != row["gold"][1] for row in rows)
+    right = sum(row["gold"][0] > row["gold"][1] for row in rows) / sum(
+        row["gold"][0] != row["gold"][1] for row in rows
+    )
     sure = [max(row["p"], 1 - row["p"]) for row in rows if row["gold"][0] != row["gold"][1]]
     assert abs(right - sum(sure) / len(sure)) < 0.04
 
@@ -230,7 +275,9 @@ def test_human_preferences_are_written_at_once_and_can_be_stopped(tmp_path, monk
 
 
 def python(*args, cwd=ROOT, text=None):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, input=text, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, input=text, capture_output=True, text=True
+    )
 
 
 def test_conversation_answers_once_compares_and_talks(chain):
@@ -240,7 +287,9 @@ def test_conversation_answers_once_compares_and_talks(chain):
     assert compared.returncode == 0
     for stage in ("pretrain", "sft", "ppo", "dpo"):
         assert len(re.findall(f"^{stage} ", compared.stdout, re.M)) >= 8
-    talk = python("gpt.py", "--ckpt", chain / "sft" / "ckpt.pt", text="Hello\n\n" + "long " * 200 + "\n")
+    talk = python(
+        "gpt.py", "--ckpt", chain / "sft" / "ckpt.pt", text="Hello\n\n" + "long " * 200 + "\n"
+    )
     assert talk.returncode == 0 and "the context of sft has 96" in talk.stdout
 
 
@@ -275,7 +324,11 @@ def test_impossible_option_is_a_clear_error(tmp_path, args, message):
 
 def test_help_lists_every_option_with_its_comment():
     text = python("train_ppo.py", "-h").stdout
-    assert "--no_end_score" in text and "score of a reply without end" in text and "default: -2.0" in text
+    assert (
+        "--no_end_score" in text
+        and "score of a reply without end" in text
+        and "default: -2.0" in text
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,8 +338,16 @@ def test_help_lists_every_option_with_its_comment():
 def test_all_stages_run_on_files_of_your_own(tmp_path):
     text = "\n".join(f"Line {i} of some book, and {i} more." for i in range(800))
     (tmp_path / "book.txt").write_text(text)
-    rows = [{"instruction": "Say a number.", "input": str(i), "output": f"{i}!", "chosen": f"{i}!",
-             "rejected": "No."} for i in range(100)]
+    rows = [
+        {
+            "instruction": "Say a number.",
+            "input": str(i),
+            "output": f"{i}!",
+            "chosen": f"{i}!",
+            "rejected": "No.",
+        }
+        for i in range(100)
+    ]
     rows[7]["instruction"] = "Say " * 200  # does not fit the context
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     out = tmp_path / "out"
@@ -301,7 +362,9 @@ def test_all_stages_run_on_files_of_your_own(tmp_path):
 
 def test_characters_and_a_single_text_can_be_pretrained_on(tmp_path):
     (tmp_path / "book.txt").write_text("to be or not to be, " * 100 + "z")
-    numbers = run("pretrain", tmp_path, data=str(tmp_path / "book.txt"), tokenizer="char", context=16)
+    numbers = run(
+        "pretrain", tmp_path, data=str(tmp_path / "book.txt"), tokenizer="char", context=16
+    )
     assert numbers["val_loss"] < 3.5
 
 
@@ -311,10 +374,16 @@ def test_characters_and_a_single_text_can_be_pretrained_on(tmp_path):
 
 def readme_commands():
     text = (ROOT / "README.md").read_text()
-    lines = [line.strip() for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.S) for line in block.split("\n")]
+    lines = [
+        line.strip()
+        for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.S)
+        for line in block.split("\n")
+    ]
     lines += re.findall(r"`(python [^`]+)`", text)
     commands = [part.strip() for line in lines for part in line.split("&&")]
-    return sorted({command.split(" #")[0].strip() for command in commands if command.startswith("python ")})
+    return sorted(
+        {command.split(" #")[0].strip() for command in commands if command.startswith("python ")}
+    )
 
 
 @pytest.mark.parametrize("command", readme_commands())

@@ -6,7 +6,14 @@ from collections import Counter
 
 import pytest
 
-from data.tokenizer import PATTERN, SPECIALS, CharTokenizer, load_tokenizer, make_tokenizer, train_bpe
+from data.tokenizer import (
+    PATTERN,
+    SPECIALS,
+    CharTokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    train_bpe,
+)
 
 TEXTS = [
     "Otto the owl lost his lantern.",
@@ -29,7 +36,9 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
 def test_random_characters_survive_the_round_trip(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
-        text = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)])) for _ in range(20))
+        text = "".join(
+            chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)])) for _ in range(20)
+        )
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -80,7 +89,9 @@ def test_encoding_applies_merges_in_the_order_they_were_learned(tokenizer):
 
 def test_loaded_tokenizer_encodes_as_the_saved_one(tokenizer):
     again = load_tokenizer(tokenizer.state)
-    assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and again.n_vocab == tokenizer.n_vocab
+    assert (
+        again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0]) and again.n_vocab == tokenizer.n_vocab
+    )
     characters = CharTokenizer("abc")
     assert load_tokenizer(characters.state).encode("cab") == characters.encode("cab") == [2, 0, 1]
 
@@ -92,7 +103,9 @@ def test_character_tokenizer_knows_every_character_of_its_texts():
         tokenizer.encode("x")
 
 
-@pytest.mark.parametrize("kind, n_vocab, message", [("bpe", 100, "at least 261"), ("words", 500, "there are")])
+@pytest.mark.parametrize(
+    "kind, n_vocab, message", [("bpe", 100, "at least 261"), ("words", 500, "there are")]
+)
 def test_impossible_tokenizer_is_a_clear_error(kind, n_vocab, message):
     with pytest.raises(SystemExit, match=message):
         make_tokenizer(kind, ["text"], n_vocab)
@@ -102,6 +115,8 @@ def test_gpt2_tokenizer_without_vocabulary_says_what_was_tried(monkeypatch, tmp_
     """Without a cache and a network, tiktoken fails in its own words; ours say what to do."""
     import tiktoken
 
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(
+        tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no route"))
+    )
     with pytest.raises(SystemExit, match="no route.*TIKTOKEN_CACHE_DIR"):
         make_tokenizer("gpt2", [], 0)

@@ -70,7 +70,13 @@ def test_unseen_wordings_and_kinds_are_never_trained_on():
 
 def test_no_document_answers_an_instruction():
     text = " ".join(documents(5000, seed=0))
-    for wording in ("Translate into Spanish:", "Reverse this list", "Sum this up", "Work out", "Tell me a joke"):
+    for wording in (
+        "Translate into Spanish:",
+        "Reverse this list",
+        "Sum this up",
+        "Work out",
+        "Tell me a joke",
+    ):
         assert wording not in text
 
 
@@ -154,7 +160,9 @@ def test_demonstrations_come_in_every_style():
     parts = [gold_parts(task, demonstrate(task, rng), True) for task in drawn]
     assert sum(STYLES.values()) == 100
     assert 0.7 < np.mean([part["correct"] > 0.5 for part in parts]) < 0.95
-    assert any(part["courtesy"] > 0 for part in parts) and any(part["courtesy"] < 0 for part in parts)
+    assert any(part["courtesy"] > 0 for part in parts) and any(
+        part["courtesy"] < 0 for part in parts
+    )
     assert np.mean([part["flattery"] + part["no_end"] < 0 for part in parts]) == 0  # never shown
 
 
@@ -162,9 +170,7 @@ def test_annotators_agree_with_a_judge_who_knows_gold_as_often_as_computed():
     rng = random.Random(0)
     golds = [(rng.gauss(0, 1), rng.gauss(0, 1)) for _ in range(20_000)]
     for tau, flip in ((0.5, 0.0), (1.0, 0.25)):
-        right = [
-            (rng.random() < preference(a, b, tau, flip)) == (a > b) for a, b in golds
-        ]
+        right = [(rng.random() < preference(a, b, tau, flip)) == (a > b) for a, b in golds]
         error = 4 * math.sqrt(0.25 / len(golds))
         assert abs(np.mean(right) - bayes_accuracy(golds, tau, flip)) < error
 
