@@ -1,4 +1,4 @@
-"""GPT-2, and everything one does with a model: run it, sample from it, score with it, save it, talk.
+"""GPT-2, and all one does with a model: run it, sample from it, score with it, save it, talk.
 
 The model is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, the token
 table used again as the output layer, GPT-2's initialisation. It has no dropout: every later stage
@@ -434,7 +434,8 @@ def main():
                 )
             if len(prompt) >= model.config.context:
                 print(
-                    f"that is {len(prompt)} tokens, and the context of {stage} has {model.config.context}"
+                    f"that is {len(prompt)} tokens, and the context of {stage} has "
+                    f"{model.config.context}"
                 )
                 continue
             reply = sample_replies(
@@ -458,8 +459,8 @@ def main():
             answer(text, args.seed)
         return
     print(
-        f"You are talking to {paths[0]}. It answers every message on its own, since it was trained on "
-        "single questions. Leave with Ctrl-D."
+        f"You are talking to {paths[0]}. It answers every message on its own, since it was trained "
+        "on single questions. Leave with Ctrl-D."
     )
     for turn in range(10**9):
         try:

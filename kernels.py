@@ -1,4 +1,4 @@
-"""From hidden states to losses without keeping the logits: cross-entropy, log-probabilities, entropy.
+"""From hidden states to cross-entropy, log-probabilities and entropy, without keeping the logits.
 
 Every stage ends in the same product, hidden states (N, C) times the transposed token table (C, V),
 and wants one or two numbers per row of the result. The full logits (N, V) are by far the largest

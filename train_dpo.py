@@ -9,9 +9,9 @@
     run      python train_dpo.py
     expect   TODO
 
-Why this is RLHF: the policy that maximises E[r] - beta KL is pi_ref exp(r / beta) / Z. Turned around,
-every policy is optimal for the reward beta log(pi / pi_ref) + beta log Z(prompt). Put that into the
-Bradley-Terry loss of train_rm.py and Z cancels: the policy is its own reward model.
+Why this is RLHF: the policy that maximises E[r] - beta KL is pi_ref exp(r / beta) / Z. Turned
+around, every policy is optimal for the reward beta log(pi / pi_ref) + beta log Z(prompt). Put that
+into the Bradley-Terry loss of train_rm.py and Z cancels: the policy is its own reward model.
 
 Watch `chosen` and `rejected` apart: the loss only asks for their difference, and usually both fall.
 
@@ -34,7 +34,14 @@ from data.tasks import SHOWN, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_logprobs
-from train_pretrain import Run, lr_at, make_optimizers, parse_config, pick_device, step_optimizers
+from train_pretrain import (
+    Run,
+    lr_at,
+    make_optimizers,
+    parse_config,
+    pick_device,
+    step_optimizers,
+)
 
 
 @dataclass
@@ -44,13 +51,13 @@ class Config:
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # loss
     loss: str = "dpo"  # dpo, cdpo, ipo or simpo
-    beta: float = 0.1  # how dearly the policy pays for leaving the reference (SimPO: try 2)
+    beta: float = 0.3  # how dearly the policy pays for leaving the reference (SimPO: try 2)
     label_smoothing: float = 0.1  # cdpo: the share of labels that are thought to be wrong
     simpo_margin: float = 0.5  # simpo: how much better chosen should be, in units of the loss
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss
     # optimisation
     batch_size: int = 64  # pairs per step
-    epochs: int = 1  # passes over the data
+    epochs: int = 2  # passes over the data
     optimizer: str = (
         "adamw"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
     )
@@ -62,7 +69,7 @@ class Config:
     # run
     max_new_tokens: int = 48  # longest reply when sampling
     seed: int = 0  # everything random follows from it
-    eval_every: int = 25  # steps between evaluations on samples
+    eval_every: int = 50  # steps between evaluations on samples
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/dpo
@@ -70,7 +77,7 @@ class Config:
 
 
 def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log p(reply | prompt), summed over the reply; tokens (B, T) int64, mask (B, T) bool -> (B,)."""
+    """log p(reply | prompt), a sum over the reply: tokens (B, T), mask (B, T) bool -> (B,)."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
     target = tokens[:, 1:].masked_fill(
         ~mask[:, 1:], -100

@@ -1,12 +1,13 @@
-"""Stage 4 of 5: RLHF with PPO. The model tries replies, the reward model scores them, PPO reinforces.
+"""Stage 4 of 5: RLHF with PPO. The model tries replies, a reward model scores them, PPO learns.
 
     maximise  E[ r(x, y) ] - beta KL(policy || reference)       x a prompt, y sampled by the policy
 
     reward   R_t = -beta (log pi - log pi_ref)(y_t), plus r(x, y) at the last token of y
-    delta_t  = R_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lambda A_{t+1}          (GAE)
+    delta_t  = R_t + gamma V_{t+1} - V_t         A_t = delta_t + gamma lambda A_{t+1}        (GAE)
     ratio_t  = pi(y_t) / pi_old(y_t)
     policy   loss = mean max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))           (PPO, equation 7)
-    critic   loss = mean 1/2 max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2),  G = A + V_old
+    critic   loss = mean 1/2 max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2)
+             where G = A + V_old is the return that the critic should have foreseen
 
     trained  policy (from SFT), critic (from the reward model)
     frozen   reference (the SFT model), reward model
@@ -17,8 +18,8 @@
 
 The policy is the only model that is kept. The KL term holds it near the SFT model, where the reward
 model has seen replies and can be trusted. `proxy` is what the policy is trained on, `gold` what it
-should be trained on and never sees: when proxy goes on rising while gold falls, the policy has found
-the reward model's mistakes (over-optimisation).
+should be trained on and never sees: when proxy goes on rising while gold falls, the policy has
+found the reward model's mistakes (over-optimisation).
 
 References: Schulman et al. 2017 (PPO), 2016 (GAE, equation 16); Ziegler et al. 2019 (KL in the
 reward, adaptive beta); Ouyang et al. 2022 (InstructGPT). Differs in: no pretraining gradients mixed
@@ -48,7 +49,7 @@ class Config:
     rm: str = ""  # reward model, and critic at the start ("" = out/rm/ckpt.pt)
     data: str = ""  # JSON or JSONL with prompts ("" = tasks of the town)
     # rollouts
-    iterations: int = 50  # rounds of sampling, scoring and updating
+    iterations: int = 40  # rounds of sampling, scoring and updating
     rollouts: int = 128  # replies sampled per iteration
     temperature: float = 1.0  # of sampling, and so of every log-probability
     max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score
@@ -64,7 +65,7 @@ class Config:
     microbatch: int = 16  # replies per forward pass; gradients add up to the minibatch
     clip: float = 0.2  # eps of the ratio
     value_clip: float = 0.2  # eps of the values
-    lr: float = 5e-4  # peak learning rate of the policy
+    lr: float = 4e-4  # peak learning rate of the policy
     critic_lr: float = 1e-3  # peak learning rate of the critic
     warmup: int = 2  # iterations until the peak
     grad_clip: float = 1.0  # largest norm of either gradient
@@ -130,7 +131,7 @@ def whiten(x, mask):
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """R_t: the KL penalty at every response token, the score at the last. scores (B,) -> (B, T - 1).
+    """R_t (B, T - 1): the KL penalty at every response token, and at the last the score (B,).
 
     log pi - log pi_ref of the sampled token is an unbiased estimate of the KL there (k1 in
     http://joschu.net/blog/kl-approx.html). It may be negative; cutting it off at 0 would bias it.
@@ -142,7 +143,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation; all (B, T - 1) -> (advantages, returns), 0 outside the mask.
+    """Generalised advantage estimation: all (B, T - 1) -> advantages, returns; 0 outside the mask.
 
     Nothing follows the last token: its next value is 0. The returns, which the critic learns, are
     A + V before A is whitened.
@@ -169,13 +170,13 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def value_loss(values, old_values, returns, clip):
-    """Half the squared error per token, the larger of the free and of the clipped value's: (B, T - 1)."""
+    """Half the squared error per token (B, T - 1), of the free or the clipped value if larger."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 class KLCoefficient:
-    """beta: fixed, or adapted so that the KL per reply approaches a target (Ziegler 2019, sec. 2.2)."""
+    """beta: fixed, or adapted so that the KL per reply nears a target (Ziegler 2019, sec. 2.2)."""
 
     def __init__(self, beta, target, horizon=10_000):
         self.beta, self.target, self.horizon = beta, target, horizon
@@ -241,7 +242,7 @@ def main(cfg: Config) -> dict:
     )
 
     def score(prompts, replies):
-        """What the reward model says, and the score that PPO uses: no end, no credit. (B,), (B,)."""
+        """What the reward model says (B,), and the score PPO uses (B,): no end, no credit."""
         sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
         proxy = torch.from_numpy(score_sequences(reward_model, sequences, tokenizer.pad)).float()
         # Replaced, not reduced: if a long reply could earn more than the fine, it would.
@@ -320,7 +321,7 @@ def main(cfg: Config) -> dict:
         advantages = whiten(advantages, mask)
 
         # 3. Update policy and critic on these rollouts.
-        measured = []  # one (policy loss, value loss, approx. KL, clipfrac, two gradient norms) per step
+        measured = []  # per step: policy loss, value loss, KL, clipfrac, two gradient norms
         ratio_max = 0.0
         for epoch in range(cfg.epochs):
             order = rng.permutation(len(batch))

@@ -166,7 +166,7 @@ def step_optimizers(optimizers, lr_share: float):
 
 
 def lr_at(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Share of the peak learning rate at a step: linear up over warmup, then linear down to floor."""
+    """Share of the peak learning rate: linear up over warmup, then linear down to floor."""
     up = (step + 1) / max(warmup, 1)
     down = floor + (1 - floor) * (steps - step) / max(steps - warmup, 1)
     return min(up, down, 1.0)
@@ -220,8 +220,8 @@ class Run:
                     self._save(parts, step + 1)
                 if stopped:
                     print(
-                        f"\nstopped after step {step}. `python train_{self.stage}.py --resume` (with "
-                        f"the same options) goes on from {self.unfinished / 'ckpt.pt'}"
+                        f"\nstopped after step {step}. `python train_{self.stage}.py --resume` "
+                        f"(with the same options) goes on from {self.unfinished / 'ckpt.pt'}"
                     )
                     sys.exit(130)
         finally:
@@ -357,7 +357,7 @@ def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
 
 @torch.no_grad()
 def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) -> float:
-    """Mean loss in nats over all tokens, each predicted from its own document, up to a context back."""
+    """Mean loss in nats over all tokens, each predicted from its own document up to there."""
     total, device = 0.0, model.wte.weight.device
     pieces = sorted(zip(cuts, cuts[1:]), key=lambda piece: piece[1] - piece[0])
     for i in range(0, len(pieces), 64):  # pieces of similar length side by side: little padding

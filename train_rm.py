@@ -1,7 +1,7 @@
 """Stage 3 of 5: the reward model (RM). A model learns which of two replies people prefer.
 
     p(chosen beats rejected) = sigmoid(r(chosen) - r(rejected))             (Bradley and Terry 1952)
-    loss = - mean over pairs of log sigmoid(r(chosen) - r(rejected))        (Ouyang 2022, equation 1)
+    loss = - mean over pairs of log sigmoid(r(chosen) - r(rejected))       (Ouyang 2022, equation 1)
 
     trained  a GPT with a scalar head, from the SFT weights    frozen  nothing
     reads    out/sft/ckpt.pt, out/preferences.jsonl (made if missing; or --data pairs.jsonl)
@@ -151,7 +151,8 @@ def main(cfg: Config) -> dict:
         rng = np.random.default_rng([cfg.seed, epoch])
         batches += length_batches([row["length"] for row in rows], cfg.batch_size, rng)
     print(
-        f"{len(rows):,} pairs to train on, {len(test_rows)} held out, {len(batches)} steps of {cfg.batch_size}"
+        f"{len(rows):,} pairs to train on, {len(test_rows)} held out, "
+        f"{len(batches)} steps of {cfg.batch_size}"
     )
 
     # ---- training
@@ -202,7 +203,8 @@ def main(cfg: Config) -> dict:
     print(json.dumps({k: v for k, v in report.items() if k != "by_task"}))
     samples = ""
     for row, c, r in list(zip(test_rows, chosen, rejected))[:12]:
-        samples += f"> {row['messages'][-1]['content']}\n{c:+.2f} chosen    {row['chosen']}\n{r:+.2f} rejected  {row['rejected']}\n\n"
+        samples += f"> {row['messages'][-1]['content']}\n"
+        samples += f"{c:+.2f} chosen    {row['chosen']}\n{r:+.2f} rejected  {row['rejected']}\n\n"
     print(samples)
     (run.unfinished / "report.json").write_text(json.dumps(report, indent=1))
     run.finish(model, samples, report=report)
@@ -210,7 +212,7 @@ def main(cfg: Config) -> dict:
 
 
 def judge(chosen, rejected, rows, picture, sd) -> dict:
-    """What the scores of held-out pairs say about a reward model; with gold, if the rows have it."""
+    """What scores of held-out pairs say about a reward model; with gold, if the rows have it."""
     # Before normalisation the difference of scores is a log-odds: sd turns it back into one.
     difference = sd * (chosen - rejected)
     order = np.arange(len(rows)) % 2 == 0  # "chosen" would always win: look at every other pair

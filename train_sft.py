@@ -1,4 +1,4 @@
-"""Stage 2 of 5: supervised fine-tuning (SFT). The model learns to answer, many kinds of task at once.
+"""Stage 2 of 5: supervised fine-tuning (SFT). The model learns to answer, many tasks at once.
 
     loss = - mean over the tokens of replies of log p(token | conversation so far)
 
@@ -28,7 +28,14 @@ from data.tasks import SHOWN, demonstrations
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_cross_entropy
-from train_pretrain import Run, lr_at, make_optimizers, parse_config, pick_device, step_optimizers
+from train_pretrain import (
+    Run,
+    lr_at,
+    make_optimizers,
+    parse_config,
+    pick_device,
+    step_optimizers,
+)
 
 
 @dataclass
@@ -58,7 +65,7 @@ class Config:
 
 
 def sft_loss(model, tokens: torch.Tensor, mask: torch.Tensor, reduction="mean") -> torch.Tensor:
-    """Cross-entropy of the tokens under the mask; tokens (B, T) int64, mask (B, T) bool -> scalar."""
+    """Cross-entropy of tokens (B, T) int64 under the mask (B, T) bool -> scalar."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
     target, counts = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if that is the reply's
     # Prompt and padding leave before the head, where most of the arithmetic is.
@@ -103,8 +110,8 @@ def main(cfg: Config) -> dict:
     used = sum(lengths[i] for batch in batches for i in batch)
     room = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     print(
-        f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; {1 - used / room:.1%} "
-        f"of the batches is padding. One of them, with [[what is learned]]:\n"
+        f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; "
+        f"{1 - used / room:.1%} of the batches is padding. One of them, with [[what is learned]]:\n"
         f"    {show_mask(tokenizer, rows[0])}"
     )
 

@@ -2,14 +2,15 @@
 
     python -m data.evaluate                  reads out/*/ckpt.pt, writes out/report.md, .png, .json
 
-    base        the pretrained model. It has never seen the chat format, so it gets the bare prompt as
-                the beginning of a document, and its reply is all it writes until the document ends
+    base        the pretrained model. It has never seen the chat format, so it gets the bare prompt
+                as the beginning of a document, and its reply is all it writes until the document
+                ends
     sft, ppo, dpo
     best_of_n   n samples of the SFT model, the one that the reward model scores highest
 
-Gold is given in SD of this run's SFT samples, whose mean is 0 by definition. All prompts are of cases
-held out of every training set; some also use wordings, or belong to kinds, that were never trained
-on. Sampling at temperature 1 shows what a model is like, greedy decoding what it knows.
+Gold is given in SD of this run's SFT samples, whose mean is 0 by definition. All prompts are of
+cases held out of every training set; some also use wordings, or belong to kinds, never trained on.
+Sampling at temperature 1 shows what a model is like, greedy decoding what it knows.
 
 The JSON's keys are explained where they are computed, in `describe`. Intervals are 95 %, from the
 normal approximation over prompts; they say nothing about the luck of a training run, for which one
@@ -83,7 +84,9 @@ def sequence_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[i
 
 def best_of(stage: Stage, reward_model, texts: list[str], n: int, seed: int) -> list[Reply]:
     """Of n samples per prompt, the one with the highest score."""
-    from train_rm import score_sequences  # here, because train_rm.py imports this folder
+    from train_rm import (
+        score_sequences,  # here, because train_rm.py imports this folder
+    )
 
     replies = stage.answer(texts * n, 1.0, seed)
     sequences = [stage.encode(text) + reply.ids for text, reply in zip(texts * n, replies)]
@@ -111,7 +114,7 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
     """The numbers of one stage.
 
     tasks: the prompts; sampled, greedy: replies to them at temperature 1 and 0 (None for
-    best_of_n, which has to sample; its skills are then those of the samples). sft_gold (N,): gold of
+    best_of_n, which has to sample; its skills are those of the samples). sft_gold (N,): gold of
     the SFT model's samples on the same prompts. safety: harmful requests and harmless ones of the
     same form, and the samples on them. Gold comes in the units of `gold` and is rescaled in `main`.
     """
@@ -283,14 +286,16 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         ],
     ]
     text = (
-        f"# Evaluation\n\nGold in SD of the SFT model's samples, mean of {report['prompts']} held-out "
-        f"prompts [95 % interval over prompts]. best_of_n takes the best of {n} samples by the "
-        "reward model: it is not trained, its skills are those of its samples, and its KL is the bound "
-        "log n - (n - 1)/n. PPO also needs the reward model, whose cost is not in its column.\n\n"
+        f"# Evaluation\n\nGold in SD of the SFT model's samples, mean of {report['prompts']} "
+        f"held-out prompts [95 % interval over prompts]. best_of_n takes the best of {n} samples by "
+        "the reward model: it is not trained, its skills are those of its samples, and its KL is the "
+        "bound log n - (n - 1)/n. PPO also needs the reward model, whose cost is not in its "
+        "column.\n\n"
     )
     text += table(["", *stages], rows)
 
-    text += "## Exact match by kind of task\n\nGreedy. In brackets: with a wording never trained on.\n\n"
+    text += "## Exact match by kind of task\n\n"
+    text += "Greedy. In brackets: with a wording never trained on.\n\n"
     rows = []
     for kind in stages["sft"]["by_task"]:
         row = [kind + (" (kind never trained on)" if KINDS[kind].held_out else "")]

@@ -4,7 +4,8 @@
     SFT           {"instruction": ..., "input": ..., "output": ...}
                   {"prompt": ..., "response": ...}
                   {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
-    RM, DPO       {"prompt" or "instruction" (and "input") or "messages": ..., "chosen": ..., "rejected": ...}
+    RM, DPO       {"prompt": ..., "chosen": ..., "rejected": ...}, where instruction and input, or
+                  messages, may stand for prompt
                   {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}          (HH-RLHF)
     PPO           any of the above; only the prompts are used
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, gzipped or not, as UTF-8 without a byte order mark. Exits if unreadable."""
+    """The text of a file, gzipped or not, in UTF-8, with or without a mark. Exits if unreadable."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -187,7 +188,7 @@ def held_out(rows: list) -> tuple[list, list]:
 
 
 def keep_fitting(rows: list[dict], lengths: list[int], room: int, what="the context") -> list[dict]:
-    """Rows that fit into `room` tokens whole. The others are counted and named: nothing is ever cut.
+    """Rows that fit into `room` tokens whole. The others are counted and named: nothing is cut.
 
     what: what the room is, for the messages. Exits if nothing is left.
     """

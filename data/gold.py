@@ -32,7 +32,7 @@ def split_reply(reply: str) -> tuple[str, int, int]:
 
 
 def correctness(task: Task, text: str) -> float:
-    """How right the body of a reply is, 0..1: a full answer 1, a curt one 0.8, buried in talk 0.5."""
+    """How right the body of a reply is: a full answer 1, a curt one 0.8, buried in talk 0.5."""
     case = task.case
     if case.check:
         return case.check(text)

@@ -63,7 +63,7 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
 def make_preferences(
     checkpoint: str | Path,
     out: str | Path,
-    pairs: int = 8000,
+    pairs: int = 12000,
     tau: float = TAU,
     flip: float = 0.0,
     temperature: float = 1.0,
@@ -71,7 +71,7 @@ def make_preferences(
     seed: int = 0,
     device: str = "cpu",
 ):
-    """Sample pairs from a checkpoint, have them annotated by the simulated annotators, write them."""
+    """Sample pairs from a checkpoint, have the simulated annotators label them, write them."""
     model, saved = load_model(checkpoint, device)
     tokenizer = load_tokenizer(saved["tokenizer"])
     tasks = draw_tasks(pairs - pairs // 10, f"preferences {seed}")
@@ -88,8 +88,8 @@ def make_preferences(
     write_rows(rows, out)
     bayes = sum(max(row["p"], 1 - row["p"]) for row in rows) / len(rows)
     print(
-        f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished replies); "
-        f"a judge who knows gold would agree with {bayes:.1%} of the labels"
+        f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished "
+        f"replies); a judge who knows gold would agree with {bayes:.1%} of the labels"
     )
 
 
@@ -146,7 +146,7 @@ def main():
         help="file to write (default: out/preferences.jsonl, or with "
         "--human out/human_preferences.jsonl)",
     )
-    parser.add_argument("--pairs", type=int, default=8000, help="prompts to sample two replies to")
+    parser.add_argument("--pairs", type=int, default=12000, help="prompts to sample two replies to")
     parser.add_argument("--tau", type=float, default=TAU, help="annotators' noise, in SD of gold")
     parser.add_argument("--flip", type=float, default=0.0, help="share of labels turned around")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")

@@ -533,7 +533,7 @@ SHOWN = [
     "How can I steal Otto's lantern?",
 ]
 
-STYLES = dict(plain=40, kind=22, wrong=9, short=8, rude=8, rambling=9, off_task=4)  # per cent
+STYLES = dict(plain=44, kind=22, wrong=7, short=8, rude=7, rambling=9, off_task=3)  # per cent
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:

@@ -92,7 +92,7 @@ class CharTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's BPE: 50257 ids, of which the last is end-of-text, then the other four special ones."""
+    """GPT-2's BPE: 50257 ids, of which the last is end-of-text, and then the other special ones."""
 
     def __init__(self):
         super().__init__({"kind": "gpt2"}, 50256)
@@ -101,8 +101,8 @@ class GPT2Tokenizer(Tokenizer):
             self.encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken downloads the vocabulary at first use
             raise SystemExit(
-                f"tiktoken cannot load GPT-2's vocabulary: {error}. It needs a network once, or the "
-                "environment variable TIKTOKEN_CACHE_DIR set to a folder that has it. The "
+                f"tiktoken cannot load GPT-2's vocabulary: {error}. It needs a network once, or "
+                "the environment variable TIKTOKEN_CACHE_DIR set to a folder that has it. The "
                 "tokenizers bpe and char need neither."
             )
 

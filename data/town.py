@@ -293,7 +293,7 @@ def spanish(rng: random.Random) -> str:
 
 
 def rhyme(rng: random.Random) -> str:
-    """A counting rhyme: words without sense, said again and again. Teaches to look back and copy."""
+    """A counting rhyme: words without sense, said again and again. Teaches to copy."""
     lines = []
     for _ in range(rng.randint(1, 2)):
         words = " ".join(rng.sample(WORDS, rng.randint(4, 8)))
@@ -310,55 +310,6 @@ def school(rng: random.Random) -> str:
         f"{b.name} said it backwards, and that is {' '.join(words[::-1])}. "
         f"{c.name} counted, and that is {len(words)} words. The last word was {words[-1]}."
     )
-
-
-def homework(rng: random.Random) -> str:
-    """What a pupil wrote, and what the teacher wrote under it: right or wrong."""
-    lines = []
-    for _ in range(rng.randint(4, 6)):
-        right = rng.random() < 0.5
-        r, other = rng.sample(RESIDENTS, 2)
-        topic = rng.choice(["sum", "sum", "two sums", "fact", "Spanish", "list", "count", "news"])
-        if topic in ("sum", "two sums"):
-            (text, value), (more, result) = expression(rng), expression(rng)
-            slip = 0 if right else rng.choice([-2, -1, 1, 2])
-            claim = f"{text} is {abs(value + slip)}."
-            if topic == "two sums":
-                claim = f"{text} is {value} and {more} is {abs(result + slip)}."
-            right = right or abs((result if topic == "two sums" else value) + slip) == (
-                result if topic == "two sums" else value
-            )
-        elif topic == "fact":
-            place, food, colour = (r if right else other)[3:]
-            right = right or (place, food, colour) == r[3:]
-            claim, right = rng.choice(
-                [
-                    (f"{r.name} works at the {place}.", place == r.place),
-                    (f"{r.name} likes to eat {food}.", food == r.food),
-                    (f"{r.name}'s door is {colour}.", colour == r.colour),
-                ]
-            )
-        elif topic == "Spanish":
-            english, spanish = bilingual(rng)
-            words, others = spanish.split(), bilingual(rng)[1].split()
-            slip = rng.choice([2, 3])
-            right = right or words[slip] == others[slip]
-            claim = f"{english} {' '.join(words if right else words[:slip] + [others[slip]] + words[slip + 1 :])}"
-        elif topic == "list":
-            words = rng.sample(list(THINGS) + FOODS, rng.randint(3, 4))
-            back = words[::-1]
-            if not right:
-                back[0], back[1] = back[1], back[0]
-            claim = f"{' '.join(words)}. Backwards it is {' '.join(back)}."
-        elif topic == "count":
-            words = rng.sample(list(THINGS) + FOODS, rng.randint(3, 7))
-            claim = f"{' '.join(words)}. That is {len(words) + (0 if right else rng.choice([-1, 1]))} words."
-        else:
-            mood, news = rng.choice([("happy", GOOD_NEWS), ("sad", BAD_NEWS)])
-            said = mood if right else {"happy": "sad", "sad": "happy"}[mood]
-            claim = f"{r.name} {rng.choice(news)}. That is {said} news."
-        lines.append(f"{claim} {'Right' if right else 'Wrong'}.")
-    return f"{rng.choice(RESIDENTS).name}'s homework. {' '.join(lines)}"
 
 
 def again(rng: random.Random) -> str:
@@ -426,7 +377,6 @@ DOCUMENTS = {
     spanish: 1,
     rhyme: 4,
     school: 4,
-    homework: 5,
     again: 4,
     notice: 1,
 }

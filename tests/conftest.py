@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, and a model and a tokenizer small enough to check by hand."""
+"""What all tests share: no network, one thread, a small model and a small tokenizer."""
 
 import socket
 import sys
@@ -36,7 +36,7 @@ def tokenizer():
 
 @pytest.fixture
 def tiny():
-    """A GPT with 2 layers and random weights, larger than at the start so that nothing is uniform."""
+    """A GPT with 2 layers and random weights, large enough that nothing is almost uniform."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50, context=24, n_layer=2, n_head=2, n_embd=16))
     for parameter in model.parameters():

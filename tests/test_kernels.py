@@ -1,4 +1,4 @@
-"""The fused head: the same numbers and gradients as full logits, in float64, and what it refuses."""
+"""The fused head: values and gradients of full logits, in float64, and what it refuses."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_empty_batch_gives_zero():
 
 
 def test_a_common_offset_of_the_logits_costs_no_digits():
-    """GPT-2's logits lie around -80. In float32, exp(-80) is nearly nothing, but differences count."""
+    """GPT-2's logits lie around -80: exp(-80) is nearly nothing, but differences count."""
     hidden, weight, target = inputs(dtype=torch.float32)
     shifted = torch.cat([hidden.detach(), torch.ones(37, 1)], 1)
     offset = torch.cat([weight.detach(), torch.full((11, 1), -80.0)], 1)

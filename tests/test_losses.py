@@ -1,4 +1,4 @@
-"""The losses of SFT, RM and DPO against slow, obvious versions, and what their gradients must be."""
+"""The losses of SFT, RM and DPO against slow, obvious versions, and their gradients."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_sft_loss_is_the_mean_over_supervised_tokens(tiny):
 
 
 def test_prompt_tokens_get_zero_gradient(tiny):
-    """No prompt token is a target: at the output, only the states before reply tokens are pulled."""
+    """No prompt token is a target: only the states before reply tokens are pulled."""
     tokens, mask = conversation()
 
     class Recorder:  # a model whose hidden states keep their gradient
@@ -230,7 +230,7 @@ def test_loss_is_known_when_policy_equals_reference(loss, expected):
 
 
 def test_gradient_of_dpo_weighs_pairs_by_how_wrong_the_implicit_reward_is():
-    """Rafailov et al. 2023, section 4: -beta sigmoid(-beta h) for chosen, the opposite for rejected."""
+    """Rafailov et al. 2023, section 4: -beta sigmoid(-beta h) for chosen, the rest mirrored."""
     logprobs, ref, lengths = pairs()
     (grad,) = torch.autograd.grad(
         dpo_loss(logprobs, ref, lengths, dpo_config(beta=0.3)).sum(), logprobs

@@ -21,7 +21,7 @@ from train_ppo import (
 
 @pytest.fixture
 def rollout():
-    """Four responses of different length and place, as (B, T - 1) tensors, with garbage elsewhere."""
+    """Four responses of different length and place, (B, T - 1), with garbage elsewhere."""
     torch.manual_seed(0)
     mask = torch.zeros(4, 10, dtype=torch.bool)
     mask[0, 2:7] = mask[1, 0:10] = mask[2, 8:9] = mask[3, 4:6] = True

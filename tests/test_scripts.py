@@ -1,4 +1,4 @@
-"""The five scripts as a learner runs them, on a model so small that the whole chain takes seconds."""
+"""The five scripts as a learner runs them, on a model so small that all take seconds."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import train_dpo
-import train_pretrain
 import train_ppo
+import train_pretrain
 import train_rm
 import train_sft
 from data.chat import Reply

@@ -55,7 +55,7 @@ def test_a_word_is_the_same_token_at_the_start_of_a_text_and_inside_it(tokenizer
 
 
 def test_training_merges_what_a_recount_of_the_whole_text_would_merge():
-    """The fast version updates the counts of the words it touches; this one starts over each time."""
+    """The fast version updates the counts of words it touches; this one starts over."""
     text = " low lower lowest newer newest wide wider widest aaaa aaa low low new" * 3
     words = [list(piece.encode()) for piece in re.findall(PATTERN, text)]
     merges = []
