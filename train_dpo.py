@@ -58,9 +58,7 @@ class Config:
     # optimisation
     batch_size: int = 64  # pairs per step
     epochs: int = 2  # passes over the data
-    optimizer: str = (
-        "adamw"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
-    )
+    optimizer: str = "adamw"  # muon, adamw, or auto (see train_pretrain.py)
     muon_lr: float = 0.001  # peak learning rate of the matrices under Muon
     lr: float = 2e-4  # peak learning rate of all that AdamW trains
     weight_decay: float = 0.0  # of matrices and tables

@@ -50,9 +50,7 @@ class Config:
     init: str = ""  # SFT checkpoint to start from ("" = out/sft/ckpt.pt)
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # model
-    n_layer: int = (
-        0  # blocks of the reward model, counted from the bottom (0 = all of the SFT model)
-    )
+    n_layer: int = 0  # blocks of the reward model, from the bottom (0 = all of the SFT model's)
     # optimisation
     batch_size: int = 64  # pairs per step
     epochs: int = 2  # passes over the pairs; reward models overfit soon
