@@ -373,7 +373,7 @@ DOCUMENTS = {
     story: 3,
     talk: 2,
     fact_sheet: 2,
-    sums: 2,
+    sums: 3,
     spanish: 1,
     rhyme: 4,
     school: 4,

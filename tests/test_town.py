@@ -149,7 +149,7 @@ def test_gold_is_bounded():
         junk = " ".join(rng.choice(KIND_WORDS + RUDE_WORDS + BAD_NEWS) for _ in range(30))
         for reply in ("", junk, task.case.answer, f"{task.case.answer} {KIND_WORDS[0]}"):
             for ended in (True, False):
-                assert -3 < gold(task, reply, ended) < 2
+                assert -3.5 < gold(task, reply, ended) < 1.5
 
 
 def test_gold_is_neutral_to_length():
