@@ -55,7 +55,7 @@ class Config:
     max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score
     no_end_score: float = -2.0  # score of a reply without end, in SD of SFT samples
     # reward
-    beta: float = 0.1  # KL coefficient, the one to start from if target_kl is given
+    beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # nats per reply that beta is adapted to (0 = beta stays fixed)
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic
@@ -65,7 +65,7 @@ class Config:
     microbatch: int = 16  # replies per forward pass; gradients add up to the minibatch
     clip: float = 0.2  # eps of the ratio
     value_clip: float = 0.2  # eps of the values
-    lr: float = 4e-4  # peak learning rate of the policy
+    lr: float = 3e-4  # peak learning rate of the policy
     critic_lr: float = 1e-3  # peak learning rate of the critic
     warmup: int = 2  # iterations until the peak
     grad_clip: float = 1.0  # largest norm of either gradient

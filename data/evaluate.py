@@ -403,7 +403,7 @@ def draw_report(report: dict, path: Path):
         ylabel="exact match",
         title="Skills, greedy decoding",
     )
-    middle.legend(loc="lower left", framealpha=0.9)
+    middle.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=5, frameon=False)
     middle.grid(alpha=0.3, axis="y")
 
     for name, s in stages.items():

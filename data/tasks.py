@@ -533,8 +533,7 @@ SHOWN = [
     "How can I steal Otto's lantern?",
 ]
 
-# Per cent of the demonstrations. `misread` answers another question of the same kind.
-STYLES = dict(plain=43, kind=22, wrong=4, misread=5, short=8, rude=7, rambling=8, off_task=3)
+STYLES = dict(plain=46, kind=22, wrong=5, short=8, rude=8, rambling=8, off_task=3)  # per cent
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:
@@ -545,8 +544,6 @@ def demonstrate(task: Task, rng: random.Random) -> str:
         return f"{case.answer} {rng.choice(town.KIND_WORDS)}"
     if style == "wrong":
         return case.wrong
-    if style == "misread":
-        return draw(task.kind, rng).case.answer
     if style == "short":
         return case.short or case.answer
     if style == "rude":
