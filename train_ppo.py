@@ -202,8 +202,9 @@ def main(cfg: Config) -> dict:
     run.panels = [
         ["proxy", "gold"],
         ["kl", "kl_k3", "kl_exact"],
-        ["entropy", "no_end"],
-        ["explained_variance", "clipfrac"],
+        ["entropy"],
+        ["explained_variance"],
+        ["clipfrac", "approx_kl", "no_end"],
     ]
     device = pick_device(cfg.device)
 

@@ -294,26 +294,22 @@ def plot(rows: list[dict], panels: list[list[str]], path: Path):
     """Draw log columns against the step, one panel per list of columns, into a PNG file."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
     for axis, columns in zip(axes[0], panels):
+        usual = None
         for name, colour in zip(columns, COLOURS):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if not points:
                 continue
             x, y = map(np.array, zip(*points))
-            few = len(points) <= 60
-            axis.plot(
-                x,
-                y,
-                "o-" if few else "-",
-                color=colour,
-                ms=3,
-                lw=1.5 if few else 0.5,
-                alpha=1 if few else 0.4,
-                label=name if few else None,
-            )
-            if not few:  # many noisy points: their running mean is what the eye should follow
+            if len(points) <= 60:
+                axis.plot(x, y, "o-", color=colour, ms=3, label=name)
+            else:  # many noisy points: their running mean is what the eye should follow
                 width = len(points) // 30
                 mean = np.convolve(y, np.ones(width) / width, "valid")
-                axis.plot(x[width - 1 :], mean, color=colour, lw=1.5, label=name)
+                axis.plot(x, y, color=colour, lw=0.5, alpha=0.4)
+                axis.plot(x[width - 1 :], mean, color=colour, label=name)
+                usual = np.percentile(y, 97.5)
+        if columns[0] in ("loss", "grad_norm") and usual is not None:
+            axis.set_ylim(top=usual)  # the first steps would flatten all the rest
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis.lines:

@@ -398,12 +398,12 @@ def draw_report(report: dict, path: Path):
         )
     middle.set(
         xticks=range(len(SKILLS)),
-        xticklabels=[k.replace("_", " ") for k in SKILLS],
+        xticklabels=[k.replace("_", "\n") for k in SKILLS],
         ylim=(0, 1),
         ylabel="exact match",
         title="Skills, greedy decoding",
     )
-    middle.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=5, frameon=False)
+    middle.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=5, frameon=False)
     middle.grid(alpha=0.3, axis="y")
 
     for name, s in stages.items():
