@@ -383,7 +383,7 @@ def load_weights(model: nn.Module, weights: dict, where: str | Path):
 def main():
     """Talk to a checkpoint at the terminal, or let every stage answer the same prompts."""
     # Down here, because the model itself needs nothing of ours and these import it.
-    from data.chat import encode_opening, encode_prompt, sample_replies
+    from data.chat import encode_opening, encode_prompt, question, sample_replies
     from data.tasks import SHOWN
     from data.tokenizer import load_tokenizer
 
@@ -429,7 +429,7 @@ def main():
                 prompt, stop = encode_opening(tokenizer, text), tokenizer.eot
             else:
                 prompt, stop = (
-                    encode_prompt(tokenizer, [{"role": "user", "content": text}]),
+                    encode_prompt(tokenizer, question(text)),
                     tokenizer.end,
                 )
             if len(prompt) >= model.config.context:

@@ -26,7 +26,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.chat import encode_chat, encode_prompt, length_batches, pad, sample_replies
+from data.chat import (
+    encode_chat,
+    encode_prompt,
+    length_batches,
+    pad,
+    question,
+    sample_replies,
+    transcript,
+)
 from data.files import held_out, keep_fitting, read_preferences
 from data.gold import gold
 from data.preferences import ensure_preferences
@@ -179,7 +187,7 @@ def main(cfg: Config) -> dict:
         asked = [row["messages"] for row in test_rows[:100]]
     else:
         tasks = draw_tasks(150, "dpo", split="test")
-        asked = [[{"role": "user", "content": task.prompt}] for task in tasks]
+        asked = [question(task.prompt) for task in tasks]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
 
     @torch.no_grad()
@@ -243,13 +251,8 @@ def main(cfg: Config) -> dict:
     if cfg.data:
         shown = [row["messages"] for row in test_rows[:8]]
     else:
-        shown = [[{"role": "user", "content": text}] for text in SHOWN]
-    ids = [encode_prompt(tokenizer, messages) for messages in shown]
-    samples = ""
-    for messages, reply in zip(
-        shown, sample_replies(model, tokenizer, ids, cfg.max_new_tokens, cfg.seed)
-    ):
-        samples += f"> {messages[-1]['content']}\n{reply.text}\n\n"
+        shown = [question(text) for text in SHOWN]
+    samples = transcript(model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
     print(samples)
     run.finish(model, samples)
     return run.rows[-1]

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.chat import encode_prompt, pad, sample_replies
+from data.chat import encode_prompt, pad, question, sample_replies, transcript
 from data.files import held_out, keep_fitting, read_prompts
 from data.gold import gold
 from data.tasks import SHOWN, draw_tasks
@@ -235,12 +235,9 @@ def main(cfg: Config) -> dict:
     room = policy.config.context - cfg.max_new_tokens
     for row in rows + test_rows:
         row["ids"] = encode_prompt(tokenizer, row["messages"])
-    rows, test_rows = (
-        keep_fitting(
-            some, [len(row["ids"]) for row in some], room, "the context minus max_new_tokens,"
-        )
-        for some in (rows, test_rows)
-    )
+    what = "the context minus max_new_tokens,"
+    rows = keep_fitting(rows, [len(row["ids"]) for row in rows], room, what)
+    test_rows = keep_fitting(test_rows, [len(row["ids"]) for row in test_rows], room, what)
 
     def score(prompts, replies):
         """What the reward model says (B,), and the score PPO uses (B,): no end, no credit."""
@@ -254,9 +251,8 @@ def main(cfg: Config) -> dict:
         """The mean gold reward, as columns for the log; none where there is no gold."""
         if "task" not in rows[0]:
             return {}
-        return {
-            "gold": np.mean([gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)])
-        }
+        golds = [gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)]
+        return {"gold": np.mean(golds)}
 
     # ---- training
     for iteration in run.steps(
@@ -271,25 +267,18 @@ def main(cfg: Config) -> dict:
 
         # 1. Roll out: the policy answers, and every model reads the answers.
         batch = [rows[i] for i in rng.choice(len(rows), cfg.rollouts, cfg.rollouts > len(rows))]
-        replies = sample_replies(
-            policy,
-            tokenizer,
-            [row["ids"] for row in batch],
-            cfg.max_new_tokens,
-            int(rng.integers(2**31)),
-            cfg.temperature,
-        )
+        ids, seed = [row["ids"] for row in batch], int(rng.integers(2**31))
+        replies = sample_replies(policy, tokenizer, ids, cfg.max_new_tokens, seed, cfg.temperature)
         # From here on sorted by length, so that neighbours can share a forward pass with few pads.
         pairs = sorted(zip(batch, replies), key=lambda pair: len(pair[0]["ids"]) + len(pair[1].ids))
         batch, replies = zip(*pairs)
         prompts = [row["ids"] for row in batch]
+        sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
+        ends = [len(ids) for ids in sequences]  # where each row ends
+        tokens = pad(sequences, tokenizer.pad).to(device)  # (B, T)
+        chosen = [[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)]
+        mask = pad(chosen, 0).bool().to(device)  # (B, T - 1): the tokens[:, 1:] the policy chose
         proxy, scores = score(prompts, replies)  # (B,)
-        tokens = pad([p + r.ids for p, r in zip(prompts, replies)], tokenizer.pad).to(
-            device
-        )  # (B, T)
-        mask = pad([[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)], 0)
-        mask = mask.bool().to(device)  # (B, T - 1): which of tokens[:, 1:] the policy chose
-        ends = [len(p) + len(r.ids) for p, r in zip(prompts, replies)]  # where each row ends
 
         old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
         kl_exact = torch.zeros(len(batch), device=device)
@@ -298,13 +287,11 @@ def main(cfg: Config) -> dict:
                 part = slice(start, start + cfg.microbatch)
                 end = max(ends[part])
                 here = part, slice(end - 1)
-                ids, m = tokens[part, :end], mask[here]
-                old_logprobs[here], entropy[here] = response_logprobs(
-                    policy, ids, m, cfg.temperature
-                )
-                ref_logprobs[here], _ = response_logprobs(ref, ids, m, cfg.temperature)
+                ids, m, T = tokens[part, :end], mask[here], cfg.temperature
+                old_logprobs[here], entropy[here] = response_logprobs(policy, ids, m, T)
+                ref_logprobs[here], _ = response_logprobs(ref, ids, m, T)
                 old_values[here] = critic(ids[:, :-1])
-                kl_exact[part] = exact_kl(policy, ref, ids, m, cfg.temperature)
+                kl_exact[part] = exact_kl(policy, ref, ids, m, T)
 
         # 2. Rewards and advantages.
         log_ratio = (old_logprobs - ref_logprobs) * mask
@@ -315,10 +302,7 @@ def main(cfg: Config) -> dict:
         beta = kl_coefficient.beta
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        error = masked_mean(
-            (returns - old_values - masked_mean(returns - old_values, mask)) ** 2, mask
-        )
-        spread = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+        unexplained = (returns - old_values)[mask].var() / returns[mask].var()
         advantages = whiten(advantages, mask)
 
         # 3. Update policy and critic on these rollouts.
@@ -335,14 +319,13 @@ def main(cfg: Config) -> dict:
                     end = ends[part[-1]]
                     ids, m = tokens[part, :end], mask[part, : end - 1]
 
-                    def old(x):
+                    def old(x):  # the same rows and columns of something from the rollout
                         return x[part, : end - 1]
 
                     logprobs, _ = response_logprobs(policy, ids, m, cfg.temperature)
                     pg, ratio = policy_loss(logprobs, old(old_logprobs), old(advantages), cfg.clip)
-                    vf = value_loss(
-                        critic(ids[:, :-1]), old(old_values), old(returns), cfg.value_clip
-                    )
+                    values = critic(ids[:, :-1])
+                    vf = value_loss(values, old(old_values), old(returns), cfg.value_clip)
                     # Every token of the minibatch counts the same, whatever the reply it is in.
                     ((pg * m).sum() / n_tokens).backward()
                     ((vf * m).sum() / n_tokens).backward()
@@ -355,9 +338,7 @@ def main(cfg: Config) -> dict:
                         for i, x in enumerate((pg, vf, approx_kl, (off > cfg.clip).float())):
                             numbers[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and first == 0:
-                    assert ratio_max < 1e-5, (
-                        f"nothing has changed yet, but a ratio is off by {ratio_max}"
-                    )
+                    assert ratio_max < 1e-5, f"a ratio is off by {ratio_max} before any update"
                 norms = [
                     torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
                     for model in (policy, critic)
@@ -381,7 +362,7 @@ def main(cfg: Config) -> dict:
             no_end=np.mean([not reply.ended for reply in replies]),
             policy_loss=ploss,
             value_loss=vloss,
-            explained_variance=1 - (error / spread).item(),
+            explained_variance=1 - unexplained.item(),
             approx_kl=approx_kl,
             clipfrac=clipfrac,
             first_ratio_error=ratio_max,
@@ -396,21 +377,17 @@ def main(cfg: Config) -> dict:
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
             prompts = [row["ids"] for row in test_rows]
-            replies = sample_replies(
-                policy, tokenizer, prompts, cfg.max_new_tokens, 0, temperature=0
-            )
-            greedy = {
-                "proxy": score(prompts, replies)[0].mean().item(),
-                **mean_gold(test_rows, replies),
-            }
+            replies = sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, 0, 0.0)
+            proxy, _ = score(prompts, replies)
+            greedy = {"proxy": proxy.mean().item(), **mean_gold(test_rows, replies)}
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
-            row = run.rows[-1]
+            names = [
+                name for name in ("proxy", "gold", "kl", "length", "no_end") if name in run.rows[-1]
+            ]
             run.say(
                 f"iteration {iteration + 1:3d}  "
-                + "  ".join(
-                    f"{name} {row[name]:.2f}" for name in ("proxy", "gold", "kl") if name in row
-                )
-                + f"  no end {row['no_end']:.1%}  length {row['length']:.1f}   held out, greedy: "
+                + "  ".join(f"{name.replace('_', ' ')} {run.rows[-1][name]:.2f}" for name in names)
+                + "  held out, greedy: "
                 + "  ".join(f"{name} {value:.2f}" for name, value in greedy.items())
                 + f"  {run.elapsed():.0f} s\n    > {test_rows[0]['messages'][-1]['content']}"
                 + f"\n    {replies[0].text}"
@@ -420,17 +397,11 @@ def main(cfg: Config) -> dict:
     start, _ = load_model(init, device)
     for now, then in zip(ref.parameters(), start.parameters()):
         assert torch.equal(now, then), "the reference must not move"
-    shown = (
-        test_rows[:8]
-        if cfg.data
-        else [{"messages": [{"role": "user", "content": t}]} for t in SHOWN]
-    )
-    prompts = [encode_prompt(tokenizer, row["messages"]) for row in shown]
-    samples = ""
-    for row, reply in zip(
-        shown, sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    ):
-        samples += f"> {row['messages'][-1]['content']}\n{reply.text}\n\n"
+    if cfg.data:
+        shown = [row["messages"] for row in test_rows[:8]]
+    else:
+        shown = [question(text) for text in SHOWN]
+    samples = transcript(policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
     print(samples)
     run.finish(policy, samples)
     return run.rows[-1]
@@ -439,7 +410,7 @@ def main(cfg: Config) -> dict:
 def town_rows(tasks) -> list[dict]:
     """Tasks of the town in the form that data/files.py gives to rows of a file."""
     return [
-        {"messages": [{"role": "user", "content": task.prompt}], "task": task, "where": f"task {i}"}
+        {"messages": question(task.prompt), "task": task, "where": f"task {i}"}
         for i, task in enumerate(tasks)
     ]
 

@@ -95,13 +95,10 @@ def parse_config(config_class):
         text = comments[field.name].replace("%", "%%") + f" (default: {field.default!r})"
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif (
-            field.type is int
-        ):  # counts: at least 1, unless 0 is the default and so means something
-            kind = {
-                "type": int_from(0 if field.default == 0 or field.name == "warmup" else 1),
-                "metavar": "int",
-            }
+        elif field.type is int:
+            # Counts: at least 1, unless 0 is the default and so means something.
+            may_be_0 = field.default == 0 or field.name == "warmup"
+            kind = {"type": int_from(0 if may_be_0 else 1), "metavar": "int"}
         else:
             kind = {"type": field.type, "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)

@@ -233,7 +233,9 @@ def judge(chosen, rejected, rows, picture, sd) -> dict:
                 "pairs": int(here.sum()),
                 "accuracy": float((difference > 0)[here].mean()),
                 "bayes_accuracy": float(np.maximum(p, 1 - p)[here].mean()),
-                "gold_order": float(right[here & separated].mean()),
+                "gold_order": float(right[here & separated].mean())
+                if (here & separated).any()
+                else None,
             }
     return report
 

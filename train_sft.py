@@ -22,7 +22,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from data.chat import encode_chat, encode_prompt, length_batches, pad, sample_replies
+from data.chat import encode_chat, length_batches, pad, question, transcript
 from data.files import held_out, keep_fitting, read_conversations
 from data.tasks import SHOWN, demonstrations
 from data.tokenizer import load_tokenizer
@@ -148,13 +148,8 @@ def main(cfg: Config) -> dict:
     if cfg.data:
         shown = [row["messages"][:-1] for row in val_rows[:8]]
     else:
-        shown = [[{"role": "user", "content": text}] for text in SHOWN]
-    prompts = [encode_prompt(tokenizer, messages) for messages in shown]
-    samples = ""
-    for messages, reply in zip(
-        shown, sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    ):
-        samples += f"> {messages[-1]['content']}\n{reply.text}\n\n"
+        shown = [question(text) for text in SHOWN]
+    samples = transcript(model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
     print(samples)
     run.finish(model, samples)
     return {"val_loss": total / count}

@@ -17,6 +17,11 @@ import torch
 from gpt import GPT, generate
 
 
+def question(text: str) -> list[dict]:
+    """A conversation of one question."""
+    return [{"role": "user", "content": text}]
+
+
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Ids of messages up to the point where the assistant speaks: [...][USER] text [ASSISTANT]."""
     ids, _ = encode_chat(tokenizer, messages)
@@ -120,3 +125,11 @@ def sample_replies(
         **how,
     )
     return [Reply(ids, tokenizer.decode(ids), ids[-1] == stop) for ids in replies]
+
+
+def transcript(model: GPT, tokenizer, conversations, max_new_tokens: int, seed: int) -> str:
+    """Sampled replies to conversations, for people to read; none is picked."""
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    replies = sample_replies(model, tokenizer, prompts, max_new_tokens, seed)
+    pairs = zip(conversations, replies)
+    return "".join(f"> {messages[-1]['content']}\n{reply.text}\n\n" for messages, reply in pairs)

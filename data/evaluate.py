@@ -26,7 +26,14 @@ import matplotlib
 import numpy as np
 import torch
 
-from data.chat import Reply, encode_opening, encode_prompt, pad, sample_replies
+from data.chat import (
+    Reply,
+    encode_opening,
+    encode_prompt,
+    pad,
+    question,
+    sample_replies,
+)
 from data.gold import declines, exact_match, f1, gold
 from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
@@ -58,7 +65,7 @@ class Stage:
     def encode(self, text: str) -> list[int]:
         if self.name == "base":
             return encode_opening(self.tokenizer, text)
-        return encode_prompt(self.tokenizer, [{"role": "user", "content": text}])
+        return encode_prompt(self.tokenizer, question(text))
 
     def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
         prompts = [self.encode(text) for text in texts]
@@ -287,9 +294,9 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     ]
     text = (
         f"# Evaluation\n\nGold in SD of the SFT model's samples, mean of {report['prompts']} "
-        f"held-out prompts [95 % interval over prompts]. best_of_n takes the best of {n} samples by "
-        "the reward model: it is not trained, its skills are those of its samples, and its KL is the "
-        "bound log n - (n - 1)/n. PPO also needs the reward model, whose cost is not in its "
+        f"held-out prompts [95 % interval over prompts]. best_of_n takes the best of {n} samples "
+        "by the reward model: it is not trained, its skills are those of its samples, and its KL is "
+        "the bound log n - (n - 1)/n. PPO also needs the reward model, whose cost is not in its "
         "column.\n\n"
     )
     text += table(["", *stages], rows)

@@ -20,7 +20,7 @@ import os
 import random
 from pathlib import Path
 
-from data.chat import encode_prompt, sample_replies
+from data.chat import encode_prompt, question, sample_replies
 from data.files import read_prompts
 from data.gold import TAU, gold, preference
 from data.tasks import draw_tasks
@@ -76,7 +76,7 @@ def make_preferences(
     tokenizer = load_tokenizer(saved["tokenizer"])
     tasks = draw_tasks(pairs - pairs // 10, f"preferences {seed}")
     tasks += draw_tasks(pairs // 10, f"preferences {seed}", split="test")
-    conversations = [[{"role": "user", "content": task.prompt}] for task in tasks]
+    conversations = [question(task.prompt) for task in tasks]
     print(f"sampling two replies each to {pairs:,} prompts from {checkpoint}")
     replies = sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed)
     rows = annotate(tasks, replies, tau, flip, seed)
@@ -174,7 +174,7 @@ def main():
         conversations = [row["messages"] for row in read_prompts(args.prompts)][: args.pairs]
     else:
         tasks = draw_tasks(args.pairs, f"preferences {args.seed}")
-        conversations = [[{"role": "user", "content": task.prompt}] for task in tasks]
+        conversations = [question(task.prompt) for task in tasks]
     pairs = sample_pairs(
         model,
         load_tokenizer(saved["tokenizer"]),

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -399,7 +400,7 @@ def test_commands_of_the_readme_still_parse(command, monkeypatch, tmp_path):
         raise Understood
 
     original = argparse.ArgumentParser.parse_args
-    words = command.split()[1:]
+    words = shlex.split(command)[1:]
     if words[:2] == ["-m", "pytest"]:
         return
     target = ROOT / (words[1].replace(".", "/") + ".py") if words[0] == "-m" else ROOT / words[0]
