@@ -295,7 +295,7 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     text = (
         f"# Evaluation\n\nGold in SD of the SFT model's samples, mean of {report['prompts']} "
         f"held-out prompts [95 % interval over prompts]. best_of_n takes the best of {n} samples "
-        "by the reward model: it is not trained, its skills are those of its samples, and its KL is "
+        "by the reward model: it is not trained, its skills are those of its samples, its KL is "
         "the bound log n - (n - 1)/n. PPO also needs the reward model, whose cost is not in its "
         "column.\n\n"
     )
