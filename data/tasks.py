@@ -579,3 +579,14 @@ def gossip(rng: random.Random) -> str:
         f"{a.name} {rng.choice(town.GOOD_NEWS)}, and {b.name} {rng.choice(town.BAD_NEWS)}.",
     ]
     return " ".join(sentences[: rng.randint(1, 2)])
+
+
+if __name__ == "__main__":
+    from data.gold import gold  # here, because it imports this file
+
+    rng = random.Random(0)
+    for name in KINDS:
+        task = draw(name, rng)
+        print(f"--- {name}\n{task.prompt}")
+        for reply in sorted({demonstrate(task, rng) for _ in range(12)}):
+            print(f"    {gold(task, reply):+.2f}  {reply}")
