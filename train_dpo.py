@@ -65,7 +65,7 @@ class Config:
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss
     # optimisation
     batch_size: int = 64  # pairs per step
-    epochs: int = 2  # passes over the data
+    epochs: int = 1  # passes over the data
     optimizer: str = "adamw"  # muon, adamw, or auto (see train_pretrain.py)
     muon_lr: float = 0.001  # peak learning rate of the matrices under Muon
     lr: float = 2e-4  # peak learning rate of all that AdamW trains

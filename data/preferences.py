@@ -63,7 +63,7 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
 def make_preferences(
     checkpoint: str | Path,
     out: str | Path,
-    pairs: int = 12000,
+    pairs: int = 20000,
     tau: float = TAU,
     flip: float = 0.0,
     temperature: float = 1.0,
@@ -146,7 +146,7 @@ def main():
         help="file to write (default: out/preferences.jsonl, or with "
         "--human out/human_preferences.jsonl)",
     )
-    parser.add_argument("--pairs", type=int, default=12000, help="prompts to sample two replies to")
+    parser.add_argument("--pairs", type=int, default=20000, help="prompts to sample two replies to")
     parser.add_argument("--tau", type=float, default=TAU, help="annotators' noise, in SD of gold")
     parser.add_argument("--flip", type=float, default=0.0, help="share of labels turned around")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
