@@ -223,7 +223,9 @@ def judge(chosen, rejected, rows, picture, sd) -> dict:
         p = np.array([row["p"] for row in rows])
         separated = gold[:, 0] != gold[:, 1]
         right = (difference > 0) == (gold[:, 0] > gold[:, 1])
+        # What a judge who knows gold would score: on average over labels, and on these very ones.
         report["bayes_accuracy"] = float(np.maximum(p, 1 - p).mean())
+        report["gold_accuracy"] = float(0.5 + 0.5 * np.sign(gold[:, 0] - gold[:, 1]).mean())
         report["spearman_gold"] = spearman(np.concatenate([chosen, rejected]), gold.T.flatten())
         report["gold_order"] = float(right[separated].mean())
         report["by_task"] = {}

@@ -328,7 +328,8 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         text += f"## Reward model, on {rm['pairs']} held-out pairs\n\n"
         names = {
             "accuracy": "agrees with the label",
-            "bayes_accuracy": "a judge who knows gold would",
+            "bayes_accuracy": "a judge who knows gold would, on average over labels (Bayes)",
+            "gold_accuracy": "a judge who knows gold did, on these labels",
             "gold_order": "right about gold, where gold differs",
             "spearman_gold": "rank correlation with gold",
             "ece": "expected calibration error",
