@@ -46,8 +46,8 @@ from train_pretrain import (
     Run,
     lr_at,
     make_optimizers,
-    parse_config,
     pick_device,
+    run_script,
     step_optimizers,
 )
 
@@ -259,4 +259,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

@@ -38,7 +38,7 @@ from data.tasks import SHOWN, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_logprobs
-from train_pretrain import Run, lr_at, parse_config, pick_device, step_optimizers
+from train_pretrain import Run, lr_at, pick_device, run_script, step_optimizers
 from train_rm import score_sequences
 
 
@@ -416,4 +416,4 @@ def town_rows(tasks) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

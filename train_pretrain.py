@@ -105,6 +105,14 @@ def parse_config(config_class):
     return config_class(**vars(parser.parse_args()))
 
 
+def run_script(main, config_class):
+    """Run a script from the command line; a full disk ends it with a message."""
+    try:
+        main(parse_config(config_class))
+    except OSError as error:
+        raise SystemExit(f"cannot read or write: {error}. Results of earlier runs are untouched.")
+
+
 def int_from(smallest: int):
     """A type for argparse: an int of at least `smallest`."""
 
@@ -439,4 +447,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

@@ -38,8 +38,8 @@ from train_pretrain import (
     Run,
     lr_at,
     make_optimizers,
-    parse_config,
     pick_device,
+    run_script,
     step_optimizers,
 )
 
@@ -265,4 +265,4 @@ def plot_reliability(table, path):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

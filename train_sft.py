@@ -32,8 +32,8 @@ from train_pretrain import (
     Run,
     lr_at,
     make_optimizers,
-    parse_config,
     pick_device,
+    run_script,
     step_optimizers,
 )
 
@@ -156,4 +156,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

@@ -323,6 +323,21 @@ def test_impossible_option_is_a_clear_error(tmp_path, args, message):
     assert "Traceback" not in result.stderr
 
 
+def test_full_disk_is_a_clear_error_and_leaves_the_earlier_results(tmp_path, monkeypatch):
+    run("pretrain", tmp_path)
+    before = (tmp_path / "pretrain" / "log.csv").read_bytes()
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_pretrain, "plot", disk_full)
+    options = [f"--{name}={value}" for name, value in TINY["pretrain"].items()]
+    monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}", "--lr=0.001", *options])
+    with pytest.raises(SystemExit, match="No space left.*earlier runs are untouched"):
+        train_pretrain.run_script(train_pretrain.main, train_pretrain.Config)
+    assert (tmp_path / "pretrain" / "log.csv").read_bytes() == before
+
+
 def test_help_lists_every_option_with_its_comment():
     text = python("train_ppo.py", "-h").stdout
     assert (
@@ -412,6 +427,14 @@ def test_commands_of_the_readme_still_parse(command, monkeypatch, tmp_path):
         return
     with pytest.raises(Understood):
         runpy.run_path(str(target), run_name="__main__")
+
+
+def test_line_counts_of_the_readme_are_about_right():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 15
+    for file, count in rows:
+        lines = len((ROOT / file).read_text().splitlines())
+        assert abs(lines - int(count)) <= 0.1 * lines + 5, (file, lines)
 
 
 def test_config_fields_all_have_help():
