@@ -116,6 +116,7 @@ def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
 
 
 def main(cfg: Config) -> dict:
+    """Train, and return the last row of the log."""
     run = Run("dpo", cfg)
     run.panels = [["loss", "val_loss"], ["chosen", "rejected"], ["gold"], ["accuracy", "no_end"]]
     device = pick_device(cfg.device)

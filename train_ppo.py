@@ -198,6 +198,7 @@ class KLCoefficient:
 
 
 def main(cfg: Config) -> dict:
+    """Train, and return the last row of the log."""
     run = Run("ppo", cfg)
     run.panels = [
         ["proxy", "gold"],

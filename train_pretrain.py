@@ -272,6 +272,7 @@ class Run:
         tqdm.write(text)
 
     def write_log(self):
+        """log.csv and curve.png, of the steps so far."""
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         with open(self.unfinished / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
@@ -371,6 +372,7 @@ def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) 
 
 
 def main(cfg: Config) -> dict:
+    """Train, and return the last validation loss and bits per byte."""
     run = Run("pretrain", cfg)
     run.panels = [["loss", "val_loss"], ["grad_norm"]]
     device = pick_device(cfg.device)

@@ -123,6 +123,7 @@ def score_sequences(model: ScalarModel, sequences: list[list[int]], pad_id: int)
 
 
 def main(cfg: Config) -> dict:
+    """Train, and return what `judge` says about the result."""
     run = Run("rm", cfg)
     run.panels = [["loss", "val_loss"], ["val_accuracy"], ["grad_norm"]]
     device = pick_device(cfg.device)

@@ -82,6 +82,7 @@ def show_mask(tokenizer, row: dict) -> str:
 
 
 def main(cfg: Config) -> dict:
+    """Train, and return the last validation loss."""
     run = Run("sft", cfg)
     run.panels = [["loss", "val_loss"], ["grad_norm"]]
     device = pick_device(cfg.device)

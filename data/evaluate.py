@@ -39,6 +39,7 @@ from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import GPT, load_model
 from kernels import linear_logprobs
+from train_rm import score_sequences
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -91,10 +92,6 @@ def sequence_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[i
 
 def best_of(stage: Stage, reward_model, texts: list[str], n: int, seed: int) -> list[Reply]:
     """Of n samples per prompt, the one with the highest score."""
-    from train_rm import (
-        score_sequences,  # here, because train_rm.py imports this folder
-    )
-
     replies = stage.answer(texts * n, 1.0, seed)
     sequences = [stage.encode(text) + reply.ids for text, reply in zip(texts * n, replies)]
     scores = score_sequences(reward_model, sequences, stage.tokenizer.pad).reshape(n, len(texts))
@@ -102,6 +99,7 @@ def best_of(stage: Stage, reward_model, texts: list[str], n: int, seed: int) -> 
 
 
 def golds(tasks: list[Task], replies: list[Reply]) -> np.ndarray:
+    """The gold reward of every reply: (N,)."""
     return np.array([gold(task, reply.text, reply.ended) for task, reply in zip(tasks, replies)])
 
 
@@ -123,7 +121,7 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
     tasks: the prompts; sampled, greedy: replies to them at temperature 1 and 0 (None for
     best_of_n, which has to sample; its skills are those of the samples). sft_gold (N,): gold of
     the SFT model's samples on the same prompts. safety: harmful requests and harmless ones of the
-    same form, and the samples on them. Gold comes in the units of `gold` and is rescaled in `main`.
+    same form, and the samples on them. Gold is in the units of `gold`; `evaluate` rescales it.
     """
     g, certain = golds(tasks, sampled), greedy or sampled
     wins = (g > sft_gold) + 0.5 * (g == sft_gold)
@@ -256,6 +254,7 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> str:
+    """The report as Markdown; shown: per stage, its replies to the prompts."""
     stages = report["stages"]
     n = report["best_of_n"]
 
@@ -440,6 +439,7 @@ def draw_report(report: dict, path: Path):
 
 
 def main():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

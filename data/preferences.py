@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data.chat import encode_prompt, question, sample_replies
 from data.files import read_prompts
-from data.gold import TAU, gold, preference
+from data.gold import TAU, bayes_accuracy, gold, preference
 from data.tasks import draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
@@ -86,7 +86,7 @@ def make_preferences(
             "train the model longer, or raise --temperature or --max_new_tokens"
         )
     write_rows(rows, out)
-    bayes = sum(max(row["p"], 1 - row["p"]) for row in rows) / len(rows)
+    bayes = bayes_accuracy([row["gold"] for row in rows], tau, flip)
     print(
         f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished "
         f"replies); a judge who knows gold would agree with {bayes:.1%} of the labels"
@@ -137,6 +137,7 @@ def ask_human(conversations, pairs, out: str | Path):
 
 
 def main():
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -261,6 +261,7 @@ def talk(rng: random.Random) -> str:
 
 
 def fact_sentences(r: Resident) -> list[str]:
+    """All that is always true of a resident."""
     return [
         f"{r.name} is a {r.animal}." if r.animal != "owl" else f"{r.name} is an owl.",
         f"{r.name} works at the {r.place}.",
