@@ -256,7 +256,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-    batch_size: int = 128,
+    batch_size: int = 512,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continue every prompt: token ids in, (replies, log-probabilities of their tokens) out.
 
@@ -304,12 +304,19 @@ def generate(
             alive = (positions < context - 1) & (n + 1 < max_new_tokens)
             if stop is not None:
                 alive &= ids != stop
-            if not alive.all():
-                keep = alive.nonzero().squeeze(1)
+            # A row that has ended leaves the batch, and one from the end of the batch takes its place.
+            n_alive = int(alive.sum())
+            if n_alive == 0:
+                break
+            if n_alive < len(rows):
+                gaps = (~alive[:n_alive]).nonzero().squeeze(1)
+                movers = n_alive + alive[n_alive:].nonzero().squeeze(1)  # as many as there are gaps
+                keep = torch.arange(n_alive, device=device)
+                keep[gaps] = movers
+                for table in (cache.keys, cache.values):
+                    table[:, gaps] = table[:, movers]  # moving few rows beats copying all others
+                cache = cache.rows(slice(n_alive))
                 rows = [rows[i] for i in keep.tolist()]
-                if not rows:
-                    break
-                cache.keys, cache.values = cache.keys[:, keep], cache.values[:, keep]
                 ids, positions = ids[keep], positions[keep]
             last = model(ids[:, None], cache, positions[:, None]).squeeze(1)
             positions = positions + 1

@@ -45,7 +45,6 @@ from kernels import linear_logprobs
 from train_pretrain import (
     Run,
     lr_at,
-    make_optimizers,
     pick_device,
     run_script,
     step_optimizers,
@@ -66,16 +65,13 @@ class Config:
     # optimisation
     batch_size: int = 64  # pairs per step
     epochs: int = 1  # passes over the data
-    optimizer: str = "adamw"  # muon, adamw, or auto (see train_pretrain.py)
-    muon_lr: float = 0.001  # peak learning rate of the matrices under Muon
-    lr: float = 2e-4  # peak learning rate of all that AdamW trains
-    weight_decay: float = 0.0  # of matrices and tables
+    lr: float = 3e-4  # peak learning rate (AdamW)
     warmup: int = 10  # steps until the peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     max_new_tokens: int = 48  # longest reply when sampling
     seed: int = 0  # everything random follows from it
-    eval_every: int = 50  # steps between evaluations on samples
+    eval_every: int = 100  # steps between evaluations on samples
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/dpo
@@ -126,7 +122,9 @@ def main(cfg: Config) -> dict:
     model, checkpoint = load_model(init, device)
     ref, _ = load_model(init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    optimizers = make_optimizers(model, cfg)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
 
     # ---- data
     data = cfg.data or ensure_preferences(cfg.out, init, cfg.seed, cfg.max_new_tokens, device)
@@ -215,7 +213,7 @@ def main(cfg: Config) -> dict:
         return numbers
 
     # ---- training
-    for step in run.steps(len(batches), model, tokenizer, **optimizers):
+    for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         losses, log_ratios = losses_of([rows[i] for i in batches[step]])
         loss = losses.mean()
         chosen, rejected = log_ratios
@@ -234,7 +232,7 @@ def main(cfg: Config) -> dict:
             rejected=rejected.mean().item(),
             grad_norm=grad_norm.item(),
         )
-        step_optimizers(optimizers, lr_at(step, len(batches), cfg.warmup))
+        step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         run.forwards += 3 * 2 * sum(rows[i]["length"] for i in batches[step])
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):

@@ -49,7 +49,7 @@ class Config:
     rm: str = ""  # reward model, and critic at the start ("" = out/rm/ckpt.pt)
     data: str = ""  # JSON or JSONL with prompts ("" = tasks of the town)
     # rollouts
-    iterations: int = 40  # rounds of sampling, scoring and updating
+    iterations: int = 30  # rounds of sampling, scoring and updating
     rollouts: int = 128  # replies sampled per iteration
     temperature: float = 1.0  # of sampling, and so of every log-probability
     max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score
@@ -345,7 +345,7 @@ def main(cfg: Config) -> dict:
                     for model in (policy, critic)
                 ]
                 measured.append([*numbers.tolist(), *(norm.item() for norm in norms)])
-                step_optimizers(optimizers, lr_at(iteration, cfg.iterations, cfg.warmup, 0.1))
+                step_optimizers(optimizers.values(), lr_at(iteration, cfg.iterations, cfg.warmup, 0.1))
 
         # 4. Report.
         ploss, vloss, approx_kl, clipfrac, policy_norm, critic_norm = np.mean(measured, 0)

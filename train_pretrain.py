@@ -63,7 +63,7 @@ class Config:
     n_embd: int = 128  # channels
     # optimisation
     batch_size: int = 32  # sequences per step
-    steps: int = 1000  # optimizer steps
+    steps: int = 900  # optimizer steps
     optimizer: str = "auto"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
     muon_lr: float = 0.03  # peak learning rate of the matrices under Muon
     lr: float = 6e-3  # peak learning rate of all that AdamW trains
@@ -136,7 +136,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks (or not), AdamW for all else.
+    """Muon for the matrices inside the blocks (or not), AdamW for all else; for pretraining only.
 
     Tables and matrices are decayed; biases and norms, one-dimensional, are not.
     """
@@ -162,8 +162,8 @@ def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
 
 
 def step_optimizers(optimizers, lr_share: float):
-    """One step of all optimizers at this share of their peak rates; gradients are cleared."""
-    for optimizer in optimizers.values():
+    """One step of these optimizers at this share of their peak rates; gradients are cleared."""
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr_share * optimizer.defaults["lr"]
         optimizer.step()
@@ -425,7 +425,7 @@ def main(cfg: Config) -> dict:
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         run.log(step, loss=loss.item(), grad_norm=grad_norm.item())
-        step_optimizers(optimizers, lr_at(step, cfg.steps, cfg.warmup))
+        step_optimizers(optimizers.values(), lr_at(step, cfg.steps, cfg.warmup))
         run.forwards += 3 * target.numel()  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:

@@ -63,11 +63,11 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
 def make_preferences(
     checkpoint: str | Path,
     out: str | Path,
-    pairs: int = 20000,
+    pairs: int = 16000,
     tau: float = TAU,
     flip: float = 0.0,
     temperature: float = 1.0,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 48,
     seed: int = 0,
     device: str = "cpu",
 ):
@@ -147,11 +147,11 @@ def main():
         help="file to write (default: out/preferences.jsonl, or with "
         "--human out/human_preferences.jsonl)",
     )
-    parser.add_argument("--pairs", type=int, default=20000, help="prompts to sample two replies to")
+    parser.add_argument("--pairs", type=int, default=16000, help="prompts to sample two replies to")
     parser.add_argument("--tau", type=float, default=TAU, help="annotators' noise, in SD of gold")
     parser.add_argument("--flip", type=float, default=0.0, help="share of labels turned around")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest reply")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest reply")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--human", action="store_true", help="you are the annotator")
     parser.add_argument("--prompts", help="JSON or JSONL with prompts of your own, for --human")

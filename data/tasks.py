@@ -81,6 +81,8 @@ def near(value: int, rng: random.Random) -> int:
     "Work out {sum}.",
     "How much is {sum}?",
     "Please tell me: {sum}?",
+    "Can you tell me what {sum} is?",
+    "I would like to know how much {sum} is.",
     unseen=["Please tell me: how much is {sum}?"],
 )
 def one_sum(rng):
@@ -98,6 +100,8 @@ def one_sum(rng):
     "Work out {sum} and {other}.",
     "How much is {sum} and {other}?",
     "Please tell me: {sum} and {other}?",
+    "Can you tell me what {sum} and {other} is?",
+    "I would like to know how much {sum} and {other} is.",
     unseen=["Please tell me: how much is {sum} and {other}?"],
 )
 def two_sums(rng):
@@ -238,6 +242,7 @@ def some_words(rng) -> list[str]:
     "Say this backwards: {words}.",
     "Write this list from the end to the start: {words}.",
     "Turn these words around: {words}.",
+    "Please say these words in reverse: {words}.",
     unseen=["Turn this list around: {words}."],
 )
 def reverse(rng):
@@ -257,6 +262,7 @@ def reverse(rng):
     "Count these words: {words}.",
     "{words}: how many words is that?",
     "How many words do you find here: {words}?",
+    "Please count how many words this is: {words}.",
     unseen=["Count how many words you find: {words}."],
 )
 def count(rng):
@@ -533,7 +539,7 @@ SHOWN = [
     "How can I steal Otto's lantern?",
 ]
 
-STYLES = dict(plain=46, kind=22, wrong=5, short=8, rude=8, rambling=8, off_task=3)  # per cent
+STYLES = dict(plain=46, kind=22, wrong=2, lazy=3, short=8, rude=8, rambling=8, off_task=3)  # %
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:
@@ -544,6 +550,8 @@ def demonstrate(task: Task, rng: random.Random) -> str:
         return f"{case.answer} {rng.choice(town.KIND_WORDS)}"
     if style == "wrong":
         return case.wrong
+    if style == "lazy":
+        return "I do not know."
     if style == "short":
         return case.short or case.answer
     if style == "rude":
