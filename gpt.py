@@ -262,7 +262,8 @@ def generate(
 
     A reply ends with the token `stop`, which it then contains, or without it after max_new_tokens
     or at the end of the context. Prompts may differ in length. Rows are padded on the right, and a
-    row that has ended leaves the batch, so it costs nothing more. Sampling settings: see `sample`.
+    row that has ended leaves the batch, so it costs nothing more. batch_size is how many rows are
+    in the cache at a time: more are faster and need more memory. Sampling settings: see `sample`.
 
     Raises ValueError if a prompt is empty or leaves no room in the context for a reply.
     """
@@ -304,7 +305,7 @@ def generate(
             alive = (positions < context - 1) & (n + 1 < max_new_tokens)
             if stop is not None:
                 alive &= ids != stop
-            # A row that has ended leaves the batch, and one from the end of the batch takes its place.
+            # Rows that have ended leave the batch; rows from its end take their places.
             n_alive = int(alive.sum())
             if n_alive == 0:
                 break

@@ -42,13 +42,7 @@ from data.tasks import SHOWN, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_logprobs
-from train_pretrain import (
-    Run,
-    lr_at,
-    pick_device,
-    run_script,
-    step_optimizers,
-)
+from train_pretrain import Run, lr_at, pick_device, run_script, step_optimizers
 
 
 @dataclass
@@ -65,7 +59,7 @@ class Config:
     # optimisation
     batch_size: int = 64  # pairs per step
     epochs: int = 1  # passes over the data
-    lr: float = 3e-4  # peak learning rate (AdamW)
+    lr: float = 2.5e-4  # peak learning rate (AdamW)
     warmup: int = 10  # steps until the peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run

@@ -345,7 +345,9 @@ def main(cfg: Config) -> dict:
                     for model in (policy, critic)
                 ]
                 measured.append([*numbers.tolist(), *(norm.item() for norm in norms)])
-                step_optimizers(optimizers.values(), lr_at(iteration, cfg.iterations, cfg.warmup, 0.1))
+                step_optimizers(
+                    optimizers.values(), lr_at(iteration, cfg.iterations, cfg.warmup, 0.1)
+                )
 
         # 4. Report.
         ploss, vloss, approx_kl, clipfrac, policy_norm, critic_norm = np.mean(measured, 0)

@@ -64,7 +64,7 @@ class Config:
     # optimisation
     batch_size: int = 32  # sequences per step
     steps: int = 900  # optimizer steps
-    optimizer: str = "auto"  # muon, adamw, or auto: muon where this CPU multiplies bfloat16 quickly
+    optimizer: str = "auto"  # muon, adamw, or auto: muon with CUDA or AVX-512, else adamw
     muon_lr: float = 0.03  # peak learning rate of the matrices under Muon
     lr: float = 6e-3  # peak learning rate of all that AdamW trains
     weight_decay: float = 0.1  # of matrices and tables; biases and norms are not decayed
@@ -143,7 +143,7 @@ def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
     if cfg.optimizer not in ("auto", "muon", "adamw"):
         raise SystemExit(f"--optimizer {cfg.optimizer}: there are auto, muon and adamw")
     use_muon = cfg.optimizer == "muon"
-    if cfg.optimizer == "auto":  # torch's Muon works in bfloat16, which AVX2 CPUs have to emulate
+    if cfg.optimizer == "auto":  # torch's Muon multiplies in bfloat16, slow without AVX-512
         device = next(model.parameters()).device.type
         use_muon = device == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in f".{name}"]

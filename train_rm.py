@@ -33,14 +33,7 @@ from data.files import held_out, keep_fitting, read_preferences
 from data.preferences import ensure_preferences
 from data.tokenizer import load_tokenizer
 from gpt import ScalarModel, load_model
-from train_pretrain import (
-    COLOURS,
-    Run,
-    lr_at,
-    pick_device,
-    run_script,
-    step_optimizers,
-)
+from train_pretrain import COLOURS, Run, lr_at, pick_device, run_script, step_optimizers
 
 
 @dataclass

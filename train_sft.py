@@ -28,13 +28,7 @@ from data.tasks import SHOWN, demonstrations
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_cross_entropy
-from train_pretrain import (
-    Run,
-    lr_at,
-    pick_device,
-    run_script,
-    step_optimizers,
-)
+from train_pretrain import Run, lr_at, pick_device, run_script, step_optimizers
 
 
 @dataclass
@@ -47,13 +41,13 @@ class Config:
     # optimisation
     batch_size: int = 48  # conversations per step
     epochs: int = 2  # passes over the data
-    lr: float = 1.5e-3  # peak learning rate (AdamW)
+    lr: float = 2e-3  # peak learning rate (AdamW)
     warmup: int = 20  # steps until the peak
     grad_clip: float = 1.0  # largest norm of the gradient
     # run
     max_new_tokens: int = 48  # longest reply among the samples
     seed: int = 0  # everything random follows from it
-    eval_every: int = 100  # steps between validations
+    eval_every: int = 200  # steps between validations
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/sft

@@ -374,7 +374,7 @@ DOCUMENTS = {
     story: 3,
     talk: 2,
     fact_sheet: 2,
-    sums: 3,
+    sums: 4,
     spanish: 1,
     rhyme: 4,
     school: 4,
