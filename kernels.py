@@ -22,14 +22,48 @@ do. The gradients are short:
 - `linear_logprobs` meets a different upstream gradient for every row (advantages, in PPO), known
   only in the backward pass, so it computes each chunk of logits twice: four matrix products.
 
-Results are float32, or float64 for float64 inputs; logits are computed in that precision.
+Three passes over a chunk of logits are all that this takes, and they are the three functions that
+`_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor per
+row) and `_logit_gradients` (dz from any upstream gradient). In PyTorch they are their own
+definition. On a GPU one Triton kernel computes a tile of logits in registers, in float32, and makes
+of it there what is wanted. Logits rounded to bfloat16 would be off by 1 % and more.
+
+**The kernel.** A tile is BLOCK_N rows times BLOCK_V tokens, and its logits are float32 sums of
+products, as the tensor cores add them up. A row's V logits are spread over V / BLOCK_V tiles, which
+know nothing of each other. So each tile gives the statistics of its own part, and a few lines of
+PyTorch merge them afterwards: parts a and b, each with its m, s and u = sum exp(z - m) (z - m), are
+together
+
+    m = max(m_a, m_b)      s = s_a e^(m_a - m) + s_b e^(m_b - m)
+    u = sum over both parts of e^(m_i - m) (u_i + s_i (m_i - m))
+
+since exp(z - m) = exp(z - m_a) e^(m_a - m) and z - m = (z - m_a) + (m_a - m): the online softmax
+(Milakov and Gimelshein 2018). No atomics and no locks: the same bits on every run, whatever other
+rows are in the batch.
+
+The gradient of a cross-entropy needs p in the same pass that finds m and s. It does without both:
+E_j = exp(z_j - z_t) is p_j up to a factor, sum_j E_j = 1 / p_t, and z_t is cheap to know before.
+bfloat16 has float32's exponents, so E can be stored in it, up to a token whose loss is 70 nats.
+
+**Memory.** In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), and the gradient of W in
+float32. Without gradients, three numbers per row and tile.
+
+Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor.
 """
 
 import torch
 from torch.autograd import Function
 
-# Logits held at one time: 2^21 float32 numbers are 8 MB, about what stays in a CPU's cache.
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows and macOS: the PyTorch path does everything
+    triton = None
+
+# Logits held at one time on a CPU: 2^21 float32 numbers are 8 MB, about what stays in its cache.
 CHUNK_LOGITS = 2**21
+WORKSPACE = 2**30  # bytes of logits, or of their gradient, held at one time on a GPU
+INTERPRET = False  # tests set it, to run the kernel on a CPU in Triton's interpreter
 
 
 def linear_cross_entropy(
@@ -59,9 +93,10 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return scale * _CrossEntropySum.apply(hidden, weight, target, z_loss)
     total = hidden.new_zeros((), dtype=_precision(hidden))
-    for rows in _chunks(len(target), len(weight)):
-        _, logprob, top, log_s = _softmax(_logits(hidden[rows], weight), target[rows])
-        total += (z_loss * (top + log_s) ** 2 - logprob).sum()
+    weight = _for_kernel(weight, hidden)
+    for rows in _chunks(target, weight):
+        logprob, lse, _ = _statistics(hidden[rows], weight, target[rows], 1.0, False)
+        total += (z_loss * lse**2 - logprob).sum()
     return scale * total
 
 
@@ -115,25 +150,18 @@ def _precision(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunks(n_rows, n_tokens):
-    """Slices over the rows, each with at most CHUNK_LOGITS logits (and at least 16 rows)."""
-    size = max(CHUNK_LOGITS // max(n_tokens, 1), 16)
-    return [slice(start, start + size) for start in range(0, n_rows, size)]
+def _chunks(target, weight):
+    """Slices over the rows, each with about as many logits as there is room for."""
+    if _use_triton(weight):
+        size = min(WORKSPACE // (len(weight) * weight.element_size()), 4096)
+    else:
+        size = CHUNK_LOGITS // max(len(weight), 1)
+    size = max(size, 16)
+    return [slice(start, start + size) for start in range(0, len(target), size)]
 
 
-def _logits(hidden, weight, temperature=1.0):
-    dtype = _precision(hidden)
-    z = hidden.to(dtype) @ weight.to(dtype).T
-    return z if temperature == 1.0 else z.div_(temperature)
-
-
-def _softmax(z, target):
-    """Logits (n, V) -> probabilities p (n, V) and, per row, log p_t, m = max z, log s."""
-    p = z.softmax(1)
-    top = z.amax(1)
-    log_s = -p.amax(1).log()  # the largest logit enters s as exp(0) = 1, so its p is 1/s
-    logprob = z.gather(1, target[:, None]).squeeze(1) - top - log_s
-    return p, logprob, top, log_s
+# ---------------------------------------------------------------------------------------------
+# Gradients: the same code for PyTorch and Triton
 
 
 class _CrossEntropySum(Function):
@@ -141,26 +169,22 @@ class _CrossEntropySum(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, z_loss):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=_precision(weight)) if need_weight else None
+        d_hidden, d_weight = _empty_gradients(ctx, hidden, weight)
+        ctx.weight_dtype, weight = weight.dtype, _for_kernel(weight, hidden)
         total = hidden.new_zeros((), dtype=_precision(hidden))
-        for rows in _chunks(len(target), len(weight)):
-            z = _logits(hidden[rows], weight)
-            dz, logprob, top, log_s = _softmax(z, target[rows])  # dz starts as p
-            lse = top + log_s
+        for rows in _chunks(target, weight):
+            t = target[rows]
+            e, factor, others, logprob, lse = _exponentials(hidden[rows], weight, t)
             total += (z_loss * lse**2 - logprob).sum()
-            # dz_j = p_j (1 + 2 z_loss lse) - [j = t]. At the target, p_t - 1 would lose its digits
-            # as p_t approaches 1, so it is written as minus the sum of all other probabilities.
-            t, p_t = target[rows, None], logprob.exp()[:, None]
-            at_target = -dz.scatter_(1, t, 0.0).sum(1, keepdim=True)
-            if z_loss:
-                dz *= 1 + 2 * z_loss * lse[:, None]
-                at_target += 2 * z_loss * lse[:, None] * p_t
-            dz.scatter_(1, t, at_target)
-            _accumulate(dz, hidden, weight, rows, d_hidden, d_weight)
+            # dz_j = p_j (1 + 2 z_loss lse) - [j = t], with p = factor * e. What is the same in a
+            # whole row goes into v, so that dz = v * e. At the target, p_t - 1 would lose its
+            # digits as p_t approaches 1, so it is minus the sum of all other probabilities.
+            zl = 1 + 2 * z_loss * lse
+            v = factor * zl
+            at_target = -others + (zl - 1) * logprob.exp()
+            e.scatter_(1, t[:, None], (at_target / v)[:, None].to(e.dtype))
+            _accumulate(e, v, hidden[rows], weight, rows, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -179,50 +203,267 @@ class _Logprobs(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, with_entropy):
-        logprobs = hidden.new_empty(len(target), dtype=_precision(hidden))
-        entropy = torch.zeros_like(logprobs)
-        for rows in _chunks(len(target), len(weight)):
-            z = _logits(hidden[rows], weight, temperature)
-            p, logprobs[rows], top, log_s = _softmax(z, target[rows])
-            if with_entropy:
-                entropy[rows] = log_s - (p * (z - top[:, None])).sum(1)
-        ctx.save_for_backward(hidden, weight, target, entropy)
+        statistics = hidden.new_empty(3, len(target), dtype=_precision(hidden))
+        ctx.weight_dtype, weight = weight.dtype, _for_kernel(weight, hidden)
+        for rows in _chunks(target, weight):
+            part = _statistics(hidden[rows], weight, target[rows], temperature, with_entropy)
+            statistics[:, rows] = torch.stack(part)
+        ctx.save_for_backward(hidden, weight, target, statistics)
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        logprobs, _, entropy = statistics.clone()
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, d_logprobs, d_entropy):
+    def backward(ctx, g, h):
         _forbid_double_backward()
-        hidden, weight, target, entropy = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=_precision(weight)) if need_weight else None
-        for rows in _chunks(len(target), len(weight)):
-            z = _logits(hidden[rows], weight, ctx.temperature)
-            p, logprob, top, log_s = _softmax(z, target[rows])
-            # dz_j = g ([j = t] - p_j) - h p_j (log p_j + H), with g and h from upstream
-            g, t = d_logprobs[rows, None], target[rows, None]
-            dz = -g * p
-            dz.scatter_(1, t, 0.0)
-            dz.scatter_(1, t, -dz.sum(1, keepdim=True))  # 1 - p_t, with all its digits
-            if ctx.with_entropy:
-                log_p = z - (top + log_s)[:, None]
-                dz -= d_entropy[rows, None] * p * (log_p + entropy[rows, None])
-            dz /= ctx.temperature
-            _accumulate(dz, hidden, weight, rows, d_hidden, d_weight)
-        if need_weight:
-            d_weight = d_weight.to(weight.dtype)
+        hidden, weight, target, statistics = ctx.saved_tensors
+        g, h = g.contiguous(), h.contiguous()  # of a .sum(), it is one number for all rows
+        d_hidden, d_weight = _empty_gradients(ctx, hidden, weight)
+        for rows in _chunks(target, weight):
+            upstream = g[rows], h[rows] if ctx.with_entropy else None
+            dz = _logit_gradients(
+                hidden[rows], weight, target[rows], ctx.temperature, statistics[:, rows], *upstream
+            )
+            v = torch.full_like(g[rows], 1 / ctx.temperature)
+            _accumulate(dz, v, hidden[rows], weight, rows, d_hidden, d_weight)
+        if d_weight is not None:
+            d_weight = d_weight.to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None
 
 
-def _accumulate(dz, hidden, weight, rows, d_hidden, d_weight):
-    """Carry the gradient of one chunk of logits on to its hidden states and to the weight."""
+def _empty_gradients(ctx, hidden, weight):
+    """Where the gradients of hidden and weight will be gathered; None for one nobody asks for."""
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=_precision(weight)) if need_weight else None
+    return d_hidden, d_weight
+
+
+def _accumulate(dz, v, hidden, weight, rows, d_hidden, d_weight):
+    """Carry v * dz, the gradient of one chunk of logits, on to its hidden states and the weight.
+
+    Products of bfloat16 numbers are added up, and added to d_weight, in float32.
+    """
+    weight, hidden = weight.to(dz.dtype), (v[:, None] * hidden).to(dz.dtype)
+    in_float32 = dict(out_dtype=torch.float32)
+    if dz.dtype != torch.bfloat16:
+        in_float32 = {}
+    elif not dz.is_cuda:  # where out_dtype does not exist
+        dz, weight, hidden, in_float32 = dz.float(), weight.float(), hidden.float(), {}
     if d_hidden is not None:
-        d_hidden[rows] = dz @ weight.to(dz.dtype)
+        d_hidden[rows] = v[:, None] * torch.mm(dz, weight, **in_float32)
     if d_weight is not None:
-        d_weight.addmm_(dz.T, hidden[rows].to(dz.dtype))
+        torch.addmm(d_weight, dz.T, hidden, out=d_weight, **in_float32)
 
 
 def _forbid_double_backward():
     if torch.is_grad_enabled():  # create_graph=True, and our gradient has no graph of its own
         raise RuntimeError("the fused head cannot be differentiated twice")
+
+
+# ---------------------------------------------------------------------------------------------
+# Three passes over the logits of a chunk. Each is defined in PyTorch, and done in Triton on a GPU.
+
+
+def _statistics(hidden, weight, target, temperature, with_entropy):
+    """log p_t, log sum exp z and (if with_entropy, else 0) H of every row: three of (n,)."""
+    if _use_triton(hidden):
+        m, s, u = _run_kernel("statistics", hidden, weight, temperature, with_entropy)
+        top = m.amax(1)  # merge the tiles of a row
+        share = (m - top[:, None]).exp()
+        total = (s * share).sum(1)
+        entropy = torch.zeros_like(top)
+        if with_entropy:
+            entropy = total.log() - (share * (u + s * (m - top[:, None]))).sum(1) / total
+        z_t = _target_logits(hidden, weight, target, temperature)
+        return ((z_t - top) - total.log()).clamp(max=0), top + total.log(), entropy
+    z = _logits(hidden, weight, temperature)
+    p, logprob, top, log_s = _softmax(z, target)
+    entropy = torch.zeros_like(logprob)
+    if with_entropy:
+        entropy = log_s - (p * (z - top[:, None])).sum(1)
+    return logprob, top + log_s, entropy
+
+
+def _exponentials(hidden, weight, target):
+    """e (n, V), and per row: factor, with p = factor * e; 1 - p_t; log p_t; log sum exp z."""
+    if _use_triton(hidden):
+        z_t = _target_logits(hidden, weight, target, 1.0)
+        e, s = _run_kernel("exponentials", hidden, weight, base=z_t)
+        total = s.sum(1).clamp(min=1)  # exp(z_t - z_t) = 1 is one of its terms
+        return e, 1 / total, (total - 1) / total, -total.log(), z_t + total.log()
+    z = _logits(hidden, weight)
+    p, logprob, top, log_s = _softmax(z, target)
+    p.scatter_(1, target[:, None], 0.0)
+    return p, torch.ones_like(top), p.sum(1), logprob, top + log_s
+
+
+def _logit_gradients(hidden, weight, target, temperature, statistics, g, h):
+    """dz_j = g ([j = t] - p_j) - h p_j (log p_j + H), (n, V), for upstream g and h (or None)."""
+    logprob, lse, entropy = statistics
+    t = target[:, None]
+    if _use_triton(hidden):
+        dz = _run_kernel(
+            "gradients", hidden, weight, temperature, h is not None, lse, entropy, g, h
+        )
+        at_target = -g * torch.expm1(logprob)  # g (1 - p_t), with all its digits
+        if h is not None:
+            at_target -= h * logprob.exp() * (logprob + entropy)
+        return dz.scatter_(1, t, at_target[:, None].to(dz.dtype))
+    z = _logits(hidden, weight, temperature)
+    p, logprob, top, log_s = _softmax(z, target)
+    dz = -g[:, None] * p
+    dz.scatter_(1, t, 0.0)
+    dz.scatter_(1, t, -dz.sum(1, keepdim=True))  # g (1 - p_t), with all its digits
+    if h is not None:
+        log_p = z - (top + log_s)[:, None]
+        dz -= h[:, None] * p * (log_p + entropy[:, None])
+    return dz
+
+
+def _logits(hidden, weight, temperature=1.0):
+    dtype = _precision(hidden)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    return z if temperature == 1.0 else z.div_(temperature)
+
+
+def _softmax(z, target):
+    """Logits (n, V) -> probabilities p (n, V) and, per row, log p_t, m = max z, log s."""
+    p = z.softmax(1)
+    top = z.amax(1)
+    log_s = -p.amax(1).log()  # the largest logit enters s as exp(0) = 1, so its p is 1/s
+    logprob = z.gather(1, target[:, None]).squeeze(1) - top - log_s
+    return p, logprob, top, log_s
+
+
+def _target_logits(hidden, weight, target, temperature):
+    """z_t of every row (n,), float32: a product of n rows with n rows of the weight."""
+    return (hidden.float() * weight[target].float()).sum(1) / temperature
+
+
+# ---------------------------------------------------------------------------------------------
+# Triton
+
+
+def _use_triton(x):
+    """bfloat16 and float32 on a GPU. In float16, exp(z_j - z_t) would overflow."""
+    return triton and x.dtype in (torch.bfloat16, torch.float32) and (x.is_cuda or INTERPRET)
+
+
+def _for_kernel(weight, hidden):
+    """The weight as the kernel reads it, in the dtype of hidden; made once for all chunks."""
+    return weight.to(hidden.dtype).contiguous() if _use_triton(hidden) else weight
+
+
+def _run_kernel(
+    mode, hidden, weight, temperature=1.0, entropy=False, base=None, entropies=None, g=None, h=None
+):
+    """Launch one program per tile. Returns what the mode makes:
+
+    "statistics"    m, s, u (n, tiles): max z, sum e^(z - m), sum e^(z - m) (z - m) of every tile
+    "exponentials"  E (n, V) = e^min(z - base, 70), base being z_t, and its sums s (n, tiles)
+    "gradients"     dz (n, V) = -(g + h (z - base + H)) e^(z - base), base being log sum exp z
+
+    E and dz have the dtype of hidden; their rows start at multiples of 8, for 16-byte loads.
+    """
+    hidden = hidden.contiguous()
+    (n, C), V = hidden.shape, len(weight)
+    room = None
+    if hidden.is_cuda:
+        gpu = torch.cuda.get_device_properties(hidden.device)
+        room = gpu.shared_memory_per_block_optin
+    block, options = _tile(hidden.dtype, room)
+    tiles = triton.cdiv(V, block["BLOCK_V"])
+    new = dict(device=hidden.device, dtype=torch.float32)
+    m, s, u = torch.empty(3, n, tiles, **new)
+    width = 8 * triton.cdiv(V, 8)
+    out = None
+    if mode != "statistics":
+        out = torch.empty(n, width, device=hidden.device, dtype=hidden.dtype)
+    if n:
+        _tile_kernel[(triton.cdiv(n, block["BLOCK_N"]) * tiles,)](
+            hidden, weight, out, m, s, u, base, entropies, g, h,
+            n, V, C, width, 1 / temperature,
+            MODE=mode, ENTROPY=entropy, **block, **options,
+        )  # fmt: skip
+    if mode == "statistics":
+        return m, s, u
+    return (out[:, :V], s) if mode == "exponentials" else out[:, :V]
+
+
+def _tile(dtype, shared_memory):
+    """Shape of a tile and how to compile it: (constants of the kernel, options of the compiler).
+
+    shared_memory: bytes that one program may have; None in Triton's interpreter.
+    """
+    if shared_memory is None:  # the interpreter is slow, and cannot multiply bfloat16
+        shape = dict(BLOCK_N=16, BLOCK_V=32, BLOCK_C=16)
+        return dict(**shape, UPCAST=True, PRECISION="ieee"), {}
+    if dtype == torch.float32:  # "ieee", since Triton's own choice is TF32, with 10 bits
+        shape = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_C=32)
+        return dict(**shape, UPCAST=False, PRECISION="ieee"), dict(num_warps=8, num_stages=3)
+    # Three stages of (128 + 128) x 64 bfloat16 are 98,304 bytes; with 32 channels, 49,152.
+    shape = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_C=64 if shared_memory >= 98304 else 32)
+    return dict(**shape, UPCAST=False, PRECISION="tf32"), dict(num_warps=8, num_stages=3)
+
+
+if triton:
+
+    @triton.jit
+    def _tile_kernel(
+        X, W, OUT, M, S, U, BASE, ENTROPIES, G, H,
+        n_rows, n_tokens, n_channels, out_stride, scale,
+        MODE: tl.constexpr, ENTROPY: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+        UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of logits, and what `_run_kernel` says its mode makes of it."""
+        # Neighbouring programs take different rows of the same tokens, whose part of W stays in L2.
+        row_tiles = tl.cdiv(n_rows, BLOCK_N)
+        row_tile, v_tile = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+        # int64, since row * stride passes 2^31 in large batches
+        rows = (row_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
+        tokens = (v_tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)  # (BLOCK_V,)
+        channels = tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+        row_in, token_in = rows < n_rows, tokens < n_tokens
+
+        # The product: BLOCK_C channels at a time, summed in float32.
+        x = X + rows[:, None] * n_channels + channels[None, :]  # (BLOCK_N, BLOCK_C) addresses
+        w = W + tokens[None, :] * n_channels + channels[:, None]  # (BLOCK_C, BLOCK_V)
+        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for first in range(0, n_channels, BLOCK_C):
+            inside = channels < n_channels - first
+            x_part = tl.load(x + first, mask=row_in[:, None] & inside[None, :], other=0.0)
+            w_part = tl.load(w + first, mask=token_in[None, :] & inside[:, None], other=0.0)
+            if UPCAST:  # Triton's interpreter cannot multiply bfloat16
+                x_part, w_part = x_part.to(tl.float32), w_part.to(tl.float32)
+            z = tl.dot(x_part, w_part, z, input_precision=PRECISION)
+        z *= scale
+
+        part = rows * tl.cdiv(n_tokens, BLOCK_V) + v_tile  # where (row, tile) stands in M, S, U
+        if MODE == "statistics":
+            # Tokens beyond the vocabulary are no tokens: as zeros they would enter every sum.
+            m = tl.max(tl.where(token_in[None, :], z, float("-inf")), 1)
+            above = tl.where(token_in[None, :], z - m[:, None], float("-inf"))
+            e = tl.exp(above)
+            tl.store(M + part, m, mask=row_in)
+            tl.store(S + part, tl.sum(e, 1), mask=row_in)
+            if ENTROPY:
+                tl.store(U + part, tl.sum(tl.where(token_in[None, :], e * above, 0.0), 1), row_in)
+        else:
+            out = OUT + rows[:, None] * out_stride + tokens[None, :]
+            base = tl.load(BASE + rows, mask=row_in, other=0.0)  # z_t, or log sum exp z
+            if MODE == "exponentials":
+                e = tl.exp(tl.minimum(z - base[:, None], 70.0))
+                e = tl.where(token_in[None, :], e, 0.0)
+                tl.store(S + part, tl.sum(e, 1), mask=row_in)
+            else:
+                g = tl.load(G + rows, mask=row_in, other=0.0)
+                log_p = z - base[:, None]
+                upstream = g[:, None]
+                if ENTROPY:
+                    h = tl.load(H + rows, mask=row_in, other=0.0)
+                    entropy = tl.load(ENTROPIES + rows, mask=row_in, other=0.0)
+                    upstream = g[:, None] + h[:, None] * (log_p + entropy[:, None])
+                e = -upstream * tl.exp(log_p)
+            tl.store(out, e.to(OUT.dtype.element_ty), mask=row_in[:, None] & token_in[None, :])

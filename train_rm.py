@@ -7,7 +7,7 @@
     reads    out/sft/ckpt.pt, out/preferences.jsonl (made if missing; or --data pairs.jsonl)
     writes   out/rm/: ckpt.pt, log.csv, curve.png, samples.txt, reliability.png, report.json
     run      python train_rm.py
-    expect   1.5 minutes on two cores; right on 0.71 of held-out labels, gold itself on 0.78
+    expect   2 minutes on two cores; right on 0.77 of held-out labels, gold itself on 0.81
 
 r is read at the last token of the reply, its end-of-turn token, where the model has seen all of it.
 Only differences of r are learned, so afterwards r is shifted and scaled to mean 0 and SD 1 on
@@ -52,7 +52,7 @@ class Config:
     # run
     max_new_tokens: int = 48  # longest reply when sampling from the SFT model
     seed: int = 0  # everything random follows from it
-    eval_every: int = 100  # steps between evaluations on held-out pairs
+    eval_every: int = 50  # steps between evaluations on held-out pairs
     save_every: int = 100  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/rm

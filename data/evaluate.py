@@ -391,7 +391,7 @@ def draw_report(report: dict, path: Path):
         ylabel="gold, SD of SFT samples",
         title="Held-out gold, 95 % interval",
     )
-    left.legend()
+    left.legend(loc="lower right")
     left.grid(alpha=0.3)
 
     width = 0.8 / len(stages)
@@ -431,7 +431,7 @@ def draw_report(report: dict, path: Path):
         xlim=(-0.1, None),
         title="What the gold costs in KL",
     )
-    right.legend()
+    right.legend(loc="lower right")
     right.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, a small model and a small tokenizer."""
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels.py is imported below: its kernel runs on the CPU
 
 from data.tokenizer import make_tokenizer  # noqa: E402
 from data.town import documents  # noqa: E402

@@ -1,0 +1,249 @@
+"""The Triton kernel against full logits in float64, and what a compiler makes of it.
+
+Without a GPU the kernel runs in Triton's interpreter, with tiles of 16 x 32; with one, compiled.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import linear_cross_entropy, linear_logprobs
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative, of gradients
+DTYPES = list(TOLERANCE)
+# rows, channels, tokens: no multiples of a tile, and a table smaller than one
+SIZES = [(37, 40, 101), (20, 48, 33), (5, 17, 130)]
+
+
+@pytest.fixture(autouse=True)
+def triton_path(monkeypatch):
+    """Take the kernel on the CPU too, with a workspace so small that there are several chunks."""
+    monkeypatch.setattr(kernels, "INTERPRET", DEVICE == "cpu")
+    monkeypatch.setattr(kernels, "WORKSPACE", 1)
+
+
+def inputs(n, c, v, dtype, spread=1.0):
+    """hidden, weight with logits of SD spread, and targets with the first and the last token."""
+    torch.manual_seed(0)
+    hidden = torch.randn(n, c).to(DEVICE, dtype).requires_grad_()
+    weight = (torch.randn(v, c) * spread / c**0.5).to(DEVICE, dtype).requires_grad_()
+    target = torch.randint(v, (n,), device=DEVICE)
+    target[0], target[1] = 0, v - 1
+    return hidden, weight, target
+
+
+def slow(hidden, weight, target, temperature=1.0):
+    """log p_t and H from full logits in float64: (2, N)."""
+    logprobs = (hidden.double() @ weight.double().T / temperature).log_softmax(1)
+    of_target = logprobs.gather(1, target[:, None]).squeeze(1)
+    return torch.stack([of_target, -(logprobs.exp() * logprobs).sum(1)])
+
+
+def assert_same_gradients(ours, theirs, *tensors):
+    ours, theirs = (torch.autograd.grad(x, tensors, retain_graph=True) for x in (ours, theirs))
+    for a, b, tensor in zip(ours, theirs, tensors):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert a.dtype == tensor.dtype and error < TOLERANCE[tensor.dtype], error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_equal_those_of_full_logits(size, dtype, temperature):
+    hidden, weight, target = inputs(*size, dtype)
+    theirs = slow(hidden, weight, target, temperature)
+    ours = linear_logprobs(hidden, weight, target, temperature=temperature, return_entropy=True)
+    ours = torch.stack(ours)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    alone = linear_logprobs(hidden, weight, target, temperature=temperature)
+    assert torch.equal(alone, ours[0])
+    upstream = torch.randn(2, len(target), device=DEVICE)
+    for rows in ([0], [1], [0, 1]):  # log-probability, entropy, both
+        a, b = (upstream[rows] * ours[rows]).sum(), (upstream[rows] * theirs[rows]).sum()
+        assert_same_gradients(a, b, hidden, weight)
+    assert_same_gradients((upstream[0] * alone).sum(), (upstream[0] * theirs[0]).sum(), hidden)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_cross_entropy_equals_that_of_full_logits(size, dtype, z_loss):
+    hidden, weight, target = inputs(*size, dtype)
+    target[3] = -100
+    logits = hidden.double() @ weight.double().T
+    squares = (logits.logsumexp(1) ** 2)[target != -100]
+    theirs = F.cross_entropy(logits, target) + z_loss * squares.mean()
+    ours = linear_cross_entropy(hidden, weight, target, z_loss=z_loss)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(3 * ours, 3 * theirs, hidden, weight)
+    with torch.no_grad():  # no gradient, so another pass; the same number
+        again = linear_cross_entropy(hidden, weight, target, z_loss=z_loss)
+    torch.testing.assert_close(again, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_rows_are_exactly_zero(dtype):
+    hidden, weight, target = inputs(*SIZES[0], dtype)
+    target[5:9] = -100
+    logprobs = linear_logprobs(hidden, weight, target)
+    (grad,) = torch.autograd.grad(logprobs.sum(), hidden)
+    assert (logprobs[5:9] == 0).all() and (grad[5:9] == 0).all() and grad[4].abs().sum() > 0
+    for nothing in (torch.full_like(target, -100), target[:0]):
+        rows = hidden[: len(nothing)]
+        loss = (
+            linear_cross_entropy(rows, weight, nothing)
+            + linear_logprobs(rows, weight, nothing).sum()
+        )
+        assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (rows, weight)))
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    hidden, weight, target = inputs(40, 24, 70, torch.float32)
+    with torch.no_grad():
+        everybody = linear_logprobs(hidden, weight, target, return_entropy=True)
+        for rows in (slice(0, 1), slice(7, 30), slice(33, 40)):
+            few = linear_logprobs(hidden[rows], weight, target[rows], return_entropy=True)
+            for a, b in zip(everybody, few):
+                assert torch.equal(a[rows], b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_workspace_full_of_nan_does_not_show(dtype, monkeypatch):
+    hidden, weight, target = inputs(*SIZES[0], dtype)
+
+    def results():
+        loss = linear_cross_entropy(hidden, weight, target)
+        logprobs, entropy = linear_logprobs(hidden, weight, target, return_entropy=True)
+        return torch.autograd.grad(loss + (logprobs + entropy).sum(), (hidden, weight))
+
+    clean, empty = results(), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    for a, b in zip(clean, results()):
+        assert torch.equal(a, b)
+
+
+def test_nan_in_one_row_stays_in_that_row():
+    hidden, weight, target = inputs(20, 24, 70, torch.float32)
+    clean = linear_logprobs(hidden, weight, target)
+    broken = hidden.detach().clone()
+    broken[6] = float("nan")
+    broken.requires_grad_()
+    logprobs = linear_logprobs(broken, weight, target)
+    (grad,) = torch.autograd.grad(logprobs.sum(), broken)
+    others = torch.arange(20, device=DEVICE) != 6
+    assert logprobs[6].isnan() and torch.equal(logprobs[others], clean[others])
+    assert grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [-80.0, -500.0, 500.0])
+def test_a_common_offset_of_all_logits_changes_nothing(offset):
+    hidden, weight, target = inputs(37, 40, 101, torch.float32)
+    ones = torch.ones(37, 1, device=DEVICE)
+    theirs = slow(hidden, weight, target)
+    hidden = torch.cat([hidden, ones], 1)
+    weight = torch.cat([weight, torch.full((101, 1), offset, device=DEVICE)], 1)
+    ours = torch.stack(linear_logprobs(hidden, weight, target, return_entropy=True))
+    # float32 numbers near 500 lie 3e-5 apart
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=3e-4)
+    loss = linear_cross_entropy(hidden, weight, target)
+    torch.testing.assert_close(loss.double(), -theirs[0].mean(), rtol=0, atol=3e-4)
+
+
+def test_logits_of_500_stay_finite():
+    hidden, weight, target = inputs(37, 40, 101, torch.float32, spread=500.0)
+    ours = linear_logprobs(hidden, weight, target)
+    torch.testing.assert_close(ours.double(), slow(hidden, weight, target)[0], rtol=1e-5, atol=3e-4)
+    # Beyond 70 nats the loss of training saturates; value and gradient are finite all the same.
+    loss = linear_cross_entropy(hidden, weight, target)
+    assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, (hidden, weight))))
+
+
+def test_certain_target_has_no_loss_and_hardly_a_gradient():
+    hidden, weight, target = inputs(20, 101, 101, torch.float32)
+    with torch.no_grad():
+        weight.copy_(torch.eye(101))
+        hidden.copy_(F.one_hot(target, 101) * 12.0)  # 1 - p_t = 100 e^-12 = 6e-4
+    theirs = slow(hidden, weight, target)[0]
+    ours = linear_logprobs(hidden, weight, target)
+    assert (ours <= 0).all()
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
+    loss = linear_cross_entropy(hidden, weight, target)
+    a, b, c = (
+        torch.autograd.grad(x, hidden, retain_graph=True)[0]
+        for x in (ours.mean(), -loss, theirs.mean())
+    )
+    torch.testing.assert_close(a, c, rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(b, c, rtol=2e-3, atol=1e-9)
+
+
+def test_hidden_states_need_not_be_contiguous():
+    hidden, weight, target = inputs(37, 40, 101, torch.float32)
+    whole = linear_logprobs(hidden, weight, target)
+    wide = torch.zeros(37, 80, device=DEVICE)
+    wide[:, ::2] = hidden.detach()
+    assert torch.equal(linear_logprobs(wide[:, ::2], weight, target), whole)
+    assert torch.equal(linear_logprobs(hidden, weight.T.contiguous().T, target), whole)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_logprobs])
+def test_frozen_tensors_get_no_gradient_and_the_other_the_same(function):
+    hidden, weight, target = inputs(*SIZES[0], torch.float32)
+    both = torch.autograd.grad(function(hidden, weight, target).sum(), (hidden, weight))
+    (a,) = torch.autograd.grad(function(hidden, weight.detach(), target).sum(), hidden)
+    (b,) = torch.autograd.grad(function(hidden.detach(), weight, target).sum(), weight)
+    assert torch.equal(a, both[0]) and torch.equal(b, both[1])
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_logprobs])
+def test_backward_twice_gives_the_same_and_double_backward_is_refused(function):
+    hidden, weight, target = inputs(*SIZES[0], torch.float32)
+    loss = function(hidden, weight, target).sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(loss, hidden, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_float16_takes_the_pytorch_path(monkeypatch):
+    monkeypatch.setattr(kernels, "_run_kernel", None)  # would fail if it were called
+    hidden, weight, target = inputs(*SIZES[0], torch.float16)
+    assert linear_cross_entropy(hidden, weight, target).isfinite()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_more_logits_than_32_bits_can_count():
+    hidden, weight, target = inputs(65536, 64, 50304, torch.bfloat16)
+    with torch.no_grad():
+        kernels.WORKSPACE, before = 2**34, kernels.WORKSPACE
+        logprobs = linear_logprobs(hidden, weight, target)
+        kernels.WORKSPACE = before
+        theirs = slow(hidden[-64:], weight, target[-64:])[0]
+    torch.testing.assert_close(logprobs[-64:].double(), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernel_compiles_to_tensor_cores_without_spilling(capability):
+    """Ahead of time, for GPUs that need not be there (A100: 80, H100: 90)."""
+    script = Path(__file__).parent / "compile_kernel.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    run = subprocess.run(
+        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    for line in run.stdout.splitlines():
+        kernel = json.loads(line)
+        assert kernel["stack_bytes"] == 0, kernel  # registers that spill live on the stack
+        assert kernel["shared_bytes"] <= {80: 166912, 90: 232448}[capability], kernel
+        if kernel["dtype"] == "bfloat16":
+            assert ("wgmma" if capability == 90 else "mma.sync") in kernel["instructions"], kernel
