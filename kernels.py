@@ -26,7 +26,7 @@ Three passes over a chunk of logits are all that this takes, and they are the th
 `_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor per
 row) and `_logit_gradients` (dz from any upstream gradient). In PyTorch they are their own
 definition. On a GPU one Triton kernel computes a tile of logits in registers, in float32, and makes
-of it there what is wanted. Logits rounded to bfloat16 would be off by 1 % and more.
+of it there what is wanted. From logits rounded to bfloat16, log p_t would be off by 0.01 and more.
 
 **The kernel.** A tile is BLOCK_N rows times BLOCK_V tokens, and its logits are float32 sums of
 products, as the tensor cores add them up. A row's V logits are spread over V / BLOCK_V tiles, which
