@@ -345,6 +345,11 @@ def _target_logits(hidden, weight, target, temperature):
 # Triton
 
 
+def backend(device: torch.device) -> str:
+    """What computes the head of bfloat16 and float32 tensors on a device: "Triton" or "PyTorch"."""
+    return "Triton" if triton and device.type == "cuda" else "PyTorch"
+
+
 def _use_triton(x):
     """bfloat16 and float32 on a GPU. In float16, exp(z_j - z_t) would overflow."""
     return triton and x.dtype in (torch.bfloat16, torch.float32) and (x.is_cuda or INTERPRET)

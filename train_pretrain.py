@@ -43,7 +43,7 @@ from data.files import held_out, read_text
 from data.tokenizer import make_tokenizer
 from data.town import documents
 from gpt import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
-from kernels import linear_cross_entropy
+from kernels import backend, linear_cross_entropy
 
 matplotlib.use("Agg")  # draw into files: no window, no display needed
 import matplotlib.pyplot as plt
@@ -126,13 +126,15 @@ def int_from(smallest: int):
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a --device option. Exits with a message if it is not there."""
+    """The torch device for a --device option, which it prints. Exits if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(name, name not in ("cpu", "cuda", "mps")):
         raise SystemExit(f"--device {name}: not available here; try --device cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    print(f"running on {name}, the fused head in {backend(device)}")
+    return device
 
 
 def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
@@ -411,7 +413,7 @@ def main(cfg: Config) -> dict:
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "
         f"the vocabulary, {len(train):,} in the data, {cfg.batch_size * cfg.context:,} a step, "
-        f"{' and '.join(optimizers)} on {device}"
+        f"{' and '.join(optimizers)}"
     )
 
     # ---- training

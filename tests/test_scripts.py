@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 import train_dpo
 import train_ppo
 import train_pretrain
@@ -427,6 +428,12 @@ def test_commands_of_the_readme_still_parse(command, monkeypatch, tmp_path):
         return
     with pytest.raises(Understood):
         runpy.run_path(str(target), run_name="__main__")
+
+
+def test_scripts_say_where_they_run_and_what_computes_the_head(capsys):
+    train_pretrain.pick_device("cpu")
+    assert capsys.readouterr().out == "running on cpu, the fused head in PyTorch\n"
+    assert kernels.backend(torch.device("cuda")) == ("Triton" if kernels.triton else "PyTorch")
 
 
 def test_line_counts_of_the_readme_are_about_right():
