@@ -12,7 +12,7 @@ The result knows words, facts, sums and Spanish, but not that anybody wants an a
 is 4-2 and 3-1?", it carries on as if that were the start of a story. That is what SFT is for.
 
 This first script also holds the run mechanics that all five share: `parse_config` (options from the
-command line), `pick_device`, `make_optimizers`, `lr_at` and `Run` (folder, log, plot, progress bar,
+command line), `pick_device`, `step_optimizers`, `lr_at` and `Run` (folder, log, plot, progress bar,
 Ctrl-C, --resume). The later scripts import them from here and keep only their own ideas.
 
 References: Radford et al. 2019 (GPT-2); Jordan et al. 2024 (Muon, https://kellerjordan.github.io/

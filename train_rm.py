@@ -250,7 +250,7 @@ def plot_reliability(table, path):
     )
     axis.set(xlabel="predicted win rate", ylabel="observed win rate", xlim=(0, 1), ylim=(0, 1))
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
