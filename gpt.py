@@ -48,13 +48,13 @@ class Cache:
     """Keys and values of the tokens read so far, so that sampling reads each token once.
 
     A token at position p of its row is stored at index p. So rows of different length need no
-    alignment: a query at position p looks at indices 0..p, and whatever lies beyond is invisible.
+    alignment: a query at position p looks at indices 0..p, and whatever lies beyond is masked.
     """
 
     def __init__(self, config: GPTConfig, n_rows: int, length: int, like: torch.Tensor):
         hs = config.n_embd // config.n_head
-        shape = (config.n_layer, n_rows, config.n_head, length, hs)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, nh, T, hs)
+        shape = (config.n_layer, n_rows, length, config.n_head, hs)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, T, nh, hs)
 
     def rows(self, rows: slice) -> "Cache":
         """A view of some rows, for reading prompts in groups of similar length."""
@@ -62,13 +62,20 @@ class Cache:
         view.keys, view.values = self.keys[:, rows], self.values[:, rows]
         return view
 
-    def update(self, layer, positions, k, v):
-        """Store k, v (B, nh, t, hs) at positions (B, t); return all keys and values up to there."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)  # index_put wants (B, t, nh, hs)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        end = int(positions.max()) + 1
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+    def update(self, layer, positions, mask, k, v):
+        """Store k, v (B, T, nh, hs) of one layer and return those that its queries look at.
+
+        Without positions these are prompts, read from their start. With positions (B,), T is 1:
+        one more token per row, which looks at as many columns as its mask has.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if positions is None:
+            keys[:, : k.shape[1]], values[:, : k.shape[1]] = k, v
+            return k, v
+        rows = torch.arange(len(positions), device=positions.device)
+        keys[rows, positions], values[rows, positions] = k[:, 0], v[:, 0]
+        end = mask.shape[-1]
+        return keys[:, :end], values[:, :end]
 
 
 class Attention(nn.Module):
@@ -80,19 +87,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=None, positions=None):
+    def forward(self, x, layer=None, cache=None, positions=None, mask=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, nh, hs) -> 3 x (B, nh, T, hs)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scales by 1/sqrt(hs)
-        else:
-            k, v = cache.update(layer, positions, k, v)  # (B, nh, end, hs)
-            index = torch.arange(k.shape[2], device=x.device)
-            visible = index <= positions[:, None, :, None]  # (B, 1, T, end)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
-        return self.c_proj(y)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        if cache is not None:
+            k, v = cache.update(layer, positions, mask, k, v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -113,8 +115,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, *cache_arguments):
-        x = x + self.attn(self.ln_1(x), *cache_arguments)
+    def forward(self, x, *where):
+        x = x + self.attn(self.ln_1(x), *where)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -151,21 +153,28 @@ class GPT(nn.Module):
         return self.wte.weight[: self.config.vocab_size]
 
     def forward(
-        self, idx: torch.Tensor, cache: Cache | None = None, positions=None
+        self, idx: torch.Tensor, cache: Cache | None = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """idx (B, T) int64 -> hidden states after the final norm (B, T, C).
 
-        Without a cache, column t is position t and sees columns 0..t. With one, positions (B, T)
-        says where each token stands in its row, and earlier tokens are read from the cache.
+        Column t is position t and sees columns 0..t; a cache, if there is one, keeps what later
+        tokens will look at. With positions (B,), T is 1: the next token of every row, which sees
+        the tokens of its own row in the cache.
         """
         B, T = idx.shape
         if T > self.config.context:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context}")
         if positions is None:
-            positions = torch.arange(T, device=idx.device)
-        x = self.wte(idx) + self.wpe(positions)  # (B, T, C)
+            x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C)
+            mask = None  # the usual causal one
+        else:
+            x = self.wte(idx) + self.wpe(positions)[:, None]  # (B, 1, C)
+            index = torch.arange(int(positions.max()) + 1, device=idx.device)
+            later = index > positions[:, None]  # (B, end)
+            mask = torch.zeros_like(later, dtype=x.dtype).masked_fill(later, -math.inf)
+            mask = mask[:, None, None]  # (B, 1, 1, end), added to the scores of all heads
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer, positions)
+            x = block(x, layer, cache, positions, mask)
         return self.ln_f(x)
 
 
@@ -290,8 +299,7 @@ def generate(
             idx = torch.tensor(
                 [prompts[i] + [0] * (width - len(prompts[i])) for i in rows[group]], device=device
             )
-            positions = torch.arange(width, device=device).expand(len(idx), width)
-            hidden = model(idx, cache.rows(group), positions)  # (32, width, C)
+            hidden = model(idx, cache.rows(group))  # (32, width, C)
             last.append(hidden[torch.arange(len(idx)), lengths[group] - 1])
         last = torch.cat(last)  # (B, C)
 
@@ -319,7 +327,7 @@ def generate(
                 cache = cache.rows(slice(n_alive))
                 rows = [rows[i] for i in keep.tolist()]
                 ids, positions = ids[keep], positions[keep]
-            last = model(ids[:, None], cache, positions[:, None]).squeeze(1)
+            last = model(ids[:, None], cache, positions).squeeze(1)
             positions = positions + 1
     return replies, logprobs
 

@@ -6,14 +6,14 @@
     reads    out/pretrain/ckpt.pt, demonstrations of the town (or --data rows.jsonl)
     writes   out/sft/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_sft.py
-    expect   2.5 minutes on two cores; validation loss 0.25 nats per token of a reply
+    expect   2 to 3 minutes on two cores; validation loss 0.25 nats per token of a reply
 
 Only the reply is learned, end-of-turn included: the prompt is the user's business, and a model that
 never sees an end never stops. The demonstrations are those of a crowd, mostly good, but some wrong,
 rude or rambling, and SFT imitates them all. Telling good from bad is left to the next stages.
 
 References: Wei et al. 2021 (FLAN: many tasks as instructions), Ouyang et al. 2022 (InstructGPT,
-section 3.5). Differs from them in: size, data, Muon, loss averaged over tokens rather than replies.
+section 3.5). Differs from them in: size, data, loss averaged over tokens rather than replies.
 """
 
 from dataclasses import dataclass

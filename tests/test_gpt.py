@@ -78,9 +78,9 @@ def test_cached_and_uncached_hidden_states_agree_for_rows_of_mixed_length(tiny):
     for row, n, ids in zip(prompt, lengths, rows):
         row[:n] = ids[:n]  # padded on the right with an ordinary token
     with torch.no_grad():
-        tiny(prompt, cache, torch.arange(9).expand(3, 9))
+        tiny(prompt, cache)
         for step in range(5):
-            positions = torch.tensor(lengths)[:, None] + step
+            positions = torch.tensor(lengths) + step
             ids = torch.stack([row[n + step] for row, n in zip(rows, lengths)])[:, None]
             hidden = tiny(ids, cache, positions)
             for i, n in enumerate(lengths):
@@ -132,6 +132,8 @@ def test_top_k_and_top_p_keep_just_the_likeliest_tokens():
     assert set(ids.tolist()) == {0}
     ids, _ = sample(logits, top_p=0.6)
     assert set(ids.tolist()) == {0, 2}
+    ids, _ = sample(logits, top_p=0.85)  # the first two have 0.8, so one of the others comes too
+    assert len(set(ids.tolist())) == 3
 
 
 def test_padding_rows_of_the_token_table_are_never_sampled(tiny):

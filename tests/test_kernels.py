@@ -111,6 +111,15 @@ def test_a_common_offset_of_the_logits_costs_no_digits():
     )
 
 
+def test_large_logits_stay_finite():
+    hidden, weight, target = inputs(dtype=torch.float32)
+    big = 500 * hidden  # exp of such logits is beyond float32
+    logprobs, entropy = linear_logprobs(big, weight, target, return_entropy=True)
+    gradient = torch.autograd.grad(logprobs.sum() + entropy.sum(), weight)[0]
+    assert logprobs.isfinite().all() and entropy.isfinite().all() and gradient.isfinite().all()
+    assert linear_cross_entropy(big, weight, target).isfinite()
+
+
 def test_gradient_keeps_its_digits_when_the_target_is_almost_certain():
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[12.0], [0.0], [0.0]])

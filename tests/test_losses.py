@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import train_dpo
+import train_pretrain
 from gpt import ScalarModel
 from train_dpo import dpo_loss, sequence_logprobs
-from train_pretrain import cut_documents, lr_at, validation_loss
+from train_pretrain import cut_documents, lr_at, make_optimizers, step_optimizers, validation_loss
 from train_rm import (
     expected_calibration_error,
     last_token_scores,
@@ -46,6 +47,28 @@ def test_learning_rate_rises_then_falls_to_its_floor():
     assert shares[100] == pytest.approx(0.1)
     assert all(a <= b for a, b in zip(shares[:9], shares[1:10]))
     assert all(a >= b for a, b in zip(shares[10:], shares[11:]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_and_tables_are_decayed(tiny, optimizer):
+    cfg = train_pretrain.Config(optimizer=optimizer, weight_decay=0.1)
+    decay = {}
+    for one in make_optimizers(tiny, cfg).values():
+        for group in one.param_groups:
+            decay.update({id(p): group["weight_decay"] for p in group["params"]})
+    assert len(decay) == len(list(tiny.parameters()))  # every tensor is trained, once
+    for name, p in tiny.named_parameters():
+        assert decay[id(p)] == (0.1 if p.ndim == 2 else 0.0), name
+
+
+def test_a_step_uses_a_share_of_the_peak_rate_and_clears_the_gradients():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    for _ in range(2):
+        weight.sum().backward()
+        step_optimizers([optimizer], lr_share=0.1)
+    torch.testing.assert_close(weight.data, torch.full((3,), -2 * 0.1 * 0.5))
+    assert weight.grad is None
 
 
 # ---------------------------------------------------------------------------------------------

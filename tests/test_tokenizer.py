@@ -42,6 +42,12 @@ def test_random_characters_survive_the_round_trip(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_special_tokens_are_five_different_ids_beyond_all_text(tokenizer):
+    t = tokenizer
+    specials = {t.pad, t.eot, t.user, t.assistant, t.end}
+    assert specials == set(range(t.n_vocab - 5, t.n_vocab))
+
+
 def test_no_text_can_produce_a_special_token(tokenizer):
     ids = tokenizer.encode(" ".join(SPECIALS))
     assert max(ids) < tokenizer.pad
