@@ -19,6 +19,10 @@ from gpt import GPT, GPTConfig  # noqa: E402
 torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "reference: compares with libraries that may not be there")
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Any connection to another machine fails; loopback stays open."""

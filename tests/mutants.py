@@ -118,8 +118,8 @@ MUTANTS = [
     ),
     Mutant(
         "gpt.py",
-        "out = (before >= top_p)",
-        "out = (before > 1 - top_p)",
+        "scatter(1, order, before >= top_p)",
+        "scatter(1, order, before >= 1 - top_p)",
         "top_p 0.9 makes a model repeat itself, as if it were 0.1.",
         "common",
         "test_gpt.py::test_top_k_and_top_p_keep_just_the_likeliest_tokens",
