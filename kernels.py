@@ -380,7 +380,8 @@ def _run_kernel(
     block, options = _tile(hidden.dtype, room)
     tiles = triton.cdiv(V, block["BLOCK_V"])
     new = dict(device=hidden.device, dtype=torch.float32)
-    m, s, u = torch.empty(3, n, tiles, **new)
+    m, s = torch.empty(2, n, tiles, **new)
+    u = torch.empty(n, tiles, **new) if entropy and mode == "statistics" else None
     width = 8 * triton.cdiv(V, 8)
     out = None
     if mode != "statistics":
