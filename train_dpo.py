@@ -42,7 +42,20 @@ from data.tasks import SHOWN, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_logprobs
-from train_pretrain import Run, lr_at, pick_device, run_script, step_optimizers
+from train_pretrain import (
+    RANK,
+    WORLD,
+    Run,
+    average_gradients,
+    lr_at,
+    mean_over_ranks,
+    my_share,
+    on_first_rank,
+    pick_device,
+    run_script,
+    step_optimizers,
+    sum_over_ranks,
+)
 
 
 @dataclass
@@ -121,7 +134,9 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
-    data = cfg.data or ensure_preferences(cfg.out, init, cfg.seed, cfg.max_new_tokens, device)
+    data = cfg.data or f"{cfg.out}/preferences.jsonl"
+    if not cfg.data:
+        on_first_rank(ensure_preferences, data, init, cfg.seed, cfg.max_new_tokens, device)
     rows = read_preferences(data)
     for row in rows:
         for side in ("chosen", "rejected"):
@@ -160,12 +175,15 @@ def main(cfg: Config) -> dict:
 
     # ---- the reference speaks once: two numbers per pair, and it costs nothing while training
     by_length = sorted(rows + test_rows, key=lambda row: row["length"])
+    ref_logprobs = torch.zeros(2, len(by_length), device=device)  # of chosen, of rejected
     with torch.no_grad():
-        for start in range(0, len(by_length), 64):
-            batch = by_length[start : start + 64]
-            for row, pair in zip(batch, sequence_logprobs(ref, *both_sides(batch)).view(2, -1).T):
-                row["ref_logprobs"] = pair
-                run.forwards += len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for start in range(0, len(by_length), 64)[RANK::WORLD]:
+            part = slice(start, start + 64)
+            ref_logprobs[:, part] = sequence_logprobs(ref, *both_sides(by_length[part])).view(2, -1)
+    sum_over_ranks(ref_logprobs)
+    for row, pair in zip(by_length, ref_logprobs.T):
+        row["ref_logprobs"] = pair
+        run.forwards += len(row["chosen_ids"]) + len(row["rejected_ids"])
 
     def losses_of(batch: list[dict]):
         """(losses (B,), log-ratios (2, B) of chosen and rejected) of some rows."""
@@ -208,7 +226,7 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
-        losses, log_ratios = losses_of([rows[i] for i in batches[step]])
+        losses, log_ratios = losses_of([rows[i] for i in my_share(batches[step])])
         loss = losses.mean()
         chosen, rejected = log_ratios
         if step == 0:
@@ -216,16 +234,15 @@ def main(cfg: Config) -> dict:
             if cfg.loss == "dpo" and not cfg.nll:
                 assert abs(loss.item() - math.log(2)) < 1e-4, "margin 0, so the loss is ln 2"
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        run.log(
-            step,
-            loss=loss.item(),
-            margin=cfg.beta * (chosen - rejected).mean().item(),
-            accuracy=(chosen > rejected).float().mean().item(),
-            chosen=chosen.mean().item(),
-            rejected=rejected.mean().item(),
-            grad_norm=grad_norm.item(),
-        )
+        grad_norm = average_gradients(model, cfg.grad_clip)
+        numbers = {
+            "loss": loss.item(),
+            "margin": cfg.beta * (chosen - rejected).mean(),
+            "accuracy": (chosen > rejected).float().mean(),
+            "chosen": chosen.mean(),
+            "rejected": rejected.mean(),
+        }
+        run.log(step, **mean_over_ranks(device, **numbers), grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         run.forwards += 3 * 2 * sum(rows[i]["length"] for i in batches[step])
 
@@ -233,7 +250,7 @@ def main(cfg: Config) -> dict:
             numbers = evaluate()
             run.log(step, **numbers)
             run.say(
-                f"step {step + 1:4d}  loss {loss.item():.3f}  "
+                f"step {step + 1:4d}  loss {run.rows[-1]['loss']:.3f}  "
                 + "  ".join(
                     f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items()
                 )

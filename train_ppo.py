@@ -38,7 +38,20 @@ from data.tasks import SHOWN, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_logprobs
-from train_pretrain import Run, lr_at, pick_device, run_script, step_optimizers
+from train_pretrain import (
+    RANK,
+    WORLD,
+    Run,
+    average_gradients,
+    gather,
+    lr_at,
+    mean_over_ranks,
+    my_share,
+    pick_device,
+    run_script,
+    step_optimizers,
+    sum_over_ranks,
+)
 from train_rm import score_sequences
 
 
@@ -276,8 +289,10 @@ def main(cfg: Config) -> dict:
 
         # 1. Roll out: the policy answers, and every model reads the answers.
         batch = [rows[i] for i in rng.choice(len(rows), cfg.rollouts, cfg.rollouts > len(rows))]
-        ids, seed = [row["ids"] for row in batch], int(rng.integers(2**31))
-        replies = sample_replies(policy, tokenizer, ids, cfg.max_new_tokens, seed, cfg.temperature)
+        ids, seed = [row["ids"] for row in my_share(batch)], int(rng.integers(2**31)) + RANK
+        replies = gather(
+            sample_replies(policy, tokenizer, ids, cfg.max_new_tokens, seed, cfg.temperature)
+        )
         # From here on sorted by length, so that neighbours can share a forward pass with few pads.
         pairs = sorted(zip(batch, replies), key=lambda pair: len(pair[0]["ids"]) + len(pair[1].ids))
         batch, replies = zip(*pairs)
@@ -292,7 +307,7 @@ def main(cfg: Config) -> dict:
         old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
         kl_exact = torch.zeros(len(batch), device=device)
         with torch.no_grad():
-            for start in range(0, len(batch), cfg.microbatch):
+            for start in range(0, len(batch), cfg.microbatch)[RANK::WORLD]:
                 part = slice(start, start + cfg.microbatch)
                 end = max(ends[part])
                 here = part, slice(end - 1)
@@ -301,6 +316,7 @@ def main(cfg: Config) -> dict:
                 ref_logprobs[here], _ = response_logprobs(ref, ids, m, T)
                 old_values[here] = critic(ids[:, :-1])
                 kl_exact[part] = exact_kl(policy, ref, ids, m, T)
+        sum_over_ranks(old_logprobs, ref_logprobs, old_values, entropy, kl_exact)
 
         # 2. Rewards and advantages.
         log_ratio = (old_logprobs - ref_logprobs) * mask
@@ -316,14 +332,14 @@ def main(cfg: Config) -> dict:
 
         # 3. Update policy and critic on these rollouts.
         measured = []  # per step: policy loss, value loss, KL, clipfrac, two gradient norms
-        ratio_max = 0.0
+        ratio_errors = torch.zeros(len(batch), device=device)
         for epoch in range(cfg.epochs):
             order = rng.permutation(len(batch))
             for first in range(0, len(batch), cfg.minibatch):
                 minibatch = np.sort(order[first : first + cfg.minibatch])  # sorted by length again
-                n_tokens = mask[minibatch].sum()
+                n_tokens = mask[minibatch].sum() / WORLD  # since gradients are averaged over ranks
                 numbers = torch.zeros(4)
-                for start in range(0, len(minibatch), cfg.microbatch):
+                for start in range(0, len(minibatch), cfg.microbatch)[RANK::WORLD]:
                     part = minibatch[start : start + cfg.microbatch]
                     end = ends[part[-1]]
                     ids, m = tokens[part, :end], mask[part, : end - 1]
@@ -342,23 +358,23 @@ def main(cfg: Config) -> dict:
                     with torch.no_grad():
                         off = (ratio - 1).abs() * m
                         if epoch == 0 and first == 0:
-                            ratio_max = max(ratio_max, off.max().item())
+                            ratio_errors[part] = off.amax(1)
                         approx_kl = k3(old(old_logprobs) - logprobs)  # of the old policy to the new
                         for i, x in enumerate((pg, vf, approx_kl, (off > cfg.clip).float())):
                             numbers[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and first == 0:
-                    assert ratio_max < 1e-5, f"a ratio is off by {ratio_max} before any update"
-                norms = [
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-                    for model in (policy, critic)
-                ]
-                measured.append([*numbers.tolist(), *(norm.item() for norm in norms)])
+                    sum_over_ranks(ratio_errors)
+                    worst = ratio_errors.max().item()
+                    assert worst < 1e-5, f"a ratio is off by {worst} before any update"
+                norms = [average_gradients(model, cfg.grad_clip) for model in (policy, critic)]
+                measured.append([*numbers.tolist(), *norms])
                 step_optimizers(
                     optimizers.values(), lr_at(iteration, cfg.iterations, cfg.warmup, 0.1)
                 )
 
         # 4. Report.
-        ploss, vloss, approx_kl, clipfrac, policy_norm, critic_norm = np.mean(measured, 0)
+        names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
+        *losses, policy_norm, critic_norm = np.mean(measured, 0)
         run.log(
             iteration,
             proxy=proxy.mean().item(),
@@ -371,12 +387,9 @@ def main(cfg: Config) -> dict:
             entropy=masked_mean(entropy, mask).item(),
             length=mask.sum(1).float().mean().item(),
             no_end=np.mean([not reply.ended for reply in replies]),
-            policy_loss=ploss,
-            value_loss=vloss,
+            **mean_over_ranks(device, **dict(zip(names, losses))),
             explained_variance=1 - unexplained.item(),
-            approx_kl=approx_kl,
-            clipfrac=clipfrac,
-            first_ratio_error=ratio_max,
+            first_ratio_error=ratio_errors.max().item(),
             policy_grad_norm=policy_norm,
             critic_grad_norm=critic_norm,
         )

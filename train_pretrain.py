@@ -12,8 +12,9 @@ The result knows words, facts, sums and Spanish, but not that anybody wants an a
 is 4-2 and 3-1?", it carries on as if that were the start of a story. That is what SFT is for.
 
 This first script also holds the run mechanics that all five share: `parse_config` (options from the
-command line), `pick_device`, `step_optimizers`, `lr_at` and `Run` (folder, log, plot, progress bar,
-Ctrl-C, --resume). The later scripts import them from here and keep only their own ideas.
+command line), `pick_device`, a few functions for several processes, `step_optimizers`, `lr_at` and
+`Run` (folder, log, plot, progress bar, Ctrl-C, --resume). The later scripts import them from here
+and keep only their own ideas.
 
 References: Radford et al. 2019 (GPT-2); Jordan et al. 2024 (Muon, https://kellerjordan.github.io/
 posts/muon/). Differs from GPT-2 in: size, data, Muon for the matrices, no dropout.
@@ -36,6 +37,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from data.chat import encode_opening, pad
@@ -107,10 +109,15 @@ def parse_config(config_class):
 
 def run_script(main, config_class):
     """Run a script from the command line; a full disk ends it with a message."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     try:
         main(parse_config(config_class))
     except OSError as error:
         raise SystemExit(f"cannot read or write: {error}. Results of earlier runs are untouched.")
+    finally:
+        if WORLD > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def int_from(smallest: int):
@@ -133,8 +140,80 @@ def pick_device(name: str) -> torch.device:
     if missing.get(name, name not in ("cpu", "cuda", "mps")):
         raise SystemExit(f"--device {name}: not available here; try --device cpu")
     device = torch.device(name)
-    print(f"running on {name}, the fused head in {backend(device)}")
+    if WORLD > 1:
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    many = f"{WORLD} processes" if WORLD > 1 else "running"
+    print(f"{many} on {name}, the fused head in {backend(device)}")
     return device
+
+
+# ---- Several processes. Under torchrun, WORLD processes (ranks) run the same script with the same
+# seed, so all know the whole batch. Each computes the loss of its share, gradients are averaged,
+# and all take the same step. All evaluate; rank 0 alone prints and writes files.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def my_share(batch):
+    """Every WORLD-th item of a batch, from this rank's number on. Exits if shares are unequal."""
+    if len(batch) % WORLD:  # the mean over the batch would not be the mean of the ranks' means
+        raise SystemExit(f"{WORLD} processes cannot share a batch of {len(batch)} equally")
+    return batch[RANK::WORLD]
+
+
+def gather(share: list) -> list:
+    """The whole batch from the shares that the ranks made of it: undoes `my_share`."""
+    if WORLD == 1:
+        return share
+    shares = [None] * WORLD
+    distributed.all_gather_object(shares, share)
+    return [shares[i % WORLD][i // WORLD] for i in range(sum(map(len, shares)))]
+
+
+def sum_over_ranks(*tensors: torch.Tensor):
+    """Replace tensors, of which every rank has filled in a part, by their sum over ranks."""
+    if WORLD > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def mean_over_ranks(device, **numbers) -> dict[str, float]:
+    """Means over this rank's share -> means over the batch."""
+    if WORLD > 1:
+        values = torch.tensor([float(x) for x in numbers.values()], device=device)
+        distributed.all_reduce(values)
+        numbers = dict(zip(numbers, (values / WORLD).tolist()))
+    return {name: float(x) for name, x in numbers.items()}
+
+
+def average_gradients(model, largest_norm: float) -> float:
+    """Average gradients over ranks, cut them to a largest norm; returns the norm before the cut.
+
+    What DistributedDataParallel does, but in one call after the backward passes: there may be
+    several of them, on some ranks more than on others, and they need no wrapper around the model.
+    """
+    if WORLD > 1:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in model.parameters()]
+        together = torch.nn.utils.parameters_to_vector(gradients)  # one message, not hundreds
+        distributed.all_reduce(together)
+        torch.nn.utils.vector_to_parameters(together / WORLD, gradients)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm).item()
+
+
+def on_first_rank(function, *args):
+    """Call a function that writes files on one rank, while the others wait for it."""
+    if RANK == 0:
+        function(*args)
+    if WORLD > 1:
+        distributed.barrier()
+
+
+# ---- Optimizers and learning rate
 
 
 def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
@@ -194,7 +273,7 @@ class Run:
         self.rows = []  # one dict per line of log.csv
         self.forwards = 0.0  # cost so far, in forward passes of one token; a backward pass counts 2
         self.seconds, self.started = 0.0, time.perf_counter()
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # on all ranks the same: they start from the same weights
 
     def steps(self, total: int, model, tokenizer, **others):
         """Yield 0..total-1 under a progress bar, and let the run survive an interruption.
@@ -212,17 +291,19 @@ class Run:
             "tokenizer": tokenizer.state,
             "train_config": asdict(self.cfg),
         }
-        if not self.cfg.resume:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.unfinished.mkdir(parents=True, exist_ok=True)
+        on_first_rank(self._make_folder)
         stopped = []
         signals = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(s, lambda *_: stopped.append(True)) for s in signals]
         try:
             # disable=None: no bar where the output is not a terminal, say a log file
-            self.bar = tqdm(range(first, total), self.stage, total, initial=first, disable=None)
+            silent = True if RANK > 0 else None
+            self.bar = tqdm(range(first, total), self.stage, total, initial=first, disable=silent)
+            device = next(model.parameters()).device
             for step in self.bar:
                 yield step
+                if WORLD > 1:  # stop together: one that is gone would keep the others waiting
+                    stopped = mean_over_ranks(device, stopped=bool(stopped))["stopped"] > 0
                 if stopped or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total):
                     self._save(parts, step + 1)
                 if stopped:
@@ -235,7 +316,14 @@ class Run:
             for s, handler in zip(signals, before):
                 signal.signal(s, handler)
 
+    def _make_folder(self):
+        if not self.cfg.resume:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+
     def _save(self, parts, step):
+        if RANK > 0:
+            return
         self.write_log()
         states = {name: part.state_dict() for name, part in parts.items()}
         cost = {"rows": self.rows, "forwards": self.forwards, "seconds": self.elapsed()}
@@ -284,6 +372,8 @@ class Run:
 
     def finish(self, model, samples: str, **extra):
         """Write the results of a finished run and move them to out/<stage>/."""
+        if RANK > 0:
+            return
         self.write_log()
         (self.unfinished / "samples.txt").write_text(samples, encoding="utf-8")
         cost = {"seconds": round(self.elapsed(), 1), "forward_equivalents": self.forwards}
@@ -334,17 +424,22 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe and Ito: safe fo
 # The stage
 
 
-def write_tokens(texts: list[str], tokenizer, path: Path) -> np.memmap:
-    """Encode documents, each opened by end-of-text, into one file of ids; return it memory-mapped.
-
-    Reading goes through the page cache, so the file may be larger than the memory.
-    """
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+def write_tokens(texts: list[str], tokenizer, path: Path):
+    """Encode documents, each opened by end-of-text, into one file of ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for text in texts:
-            np.array([tokenizer.eot] + tokenizer.encode(text), dtype=dtype).tofile(file)
-    return np.memmap(path, dtype=dtype, mode="r")
+            ids = [tokenizer.eot] + tokenizer.encode(text)
+            np.array(ids, dtype=token_dtype(tokenizer)).tofile(file)
+
+
+def read_tokens(tokenizer, path: Path) -> np.memmap:
+    """That file, memory-mapped: it may be larger than the memory."""
+    return np.memmap(path, dtype=token_dtype(tokenizer), mode="r")
+
+
+def token_dtype(tokenizer):
+    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
 def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
@@ -395,8 +490,9 @@ def main(cfg: Config) -> dict:
         val_texts = documents(1000, "validation")
         openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
     tokenizer = make_tokenizer(cfg.tokenizer, train_texts + val_texts, cfg.vocab_size)
-    train = write_tokens(train_texts, tokenizer, run.folder / "train.bin")
-    val = write_tokens(val_texts, tokenizer, run.folder / "val.bin")
+    for texts, name in ((train_texts, "train.bin"), (val_texts, "val.bin")):
+        on_first_rank(write_tokens, texts, tokenizer, run.folder / name)
+    train, val = (read_tokens(tokenizer, run.folder / f"{name}.bin") for name in ("train", "val"))
     if min(len(train), len(val)) < cfg.context + 1:
         raise SystemExit(
             f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
@@ -419,24 +515,25 @@ def main(cfg: Config) -> dict:
     # ---- training
     for step in run.steps(cfg.steps, model, tokenizer, **optimizers):
         rng = np.random.default_rng([cfg.seed, step])
-        rows = [train[i : i + cfg.context + 1] for i in rng.choice(starts, cfg.batch_size)]
+        mine = my_share(rng.choice(starts, cfg.batch_size))
+        rows = [train[i : i + cfg.context + 1] for i in mine]
         idx = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
         hidden = model(idx[:, :-1])  # (B, T, C): what the model knows after reading token t ...
         target = idx[:, 1:]  # ... and the token t + 1 that it must predict from it
         loss = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        run.log(step, loss=loss.item(), grad_norm=grad_norm.item())
+        grad_norm = average_gradients(model, cfg.grad_clip)
+        run.log(step, **mean_over_ranks(device, loss=loss.item()), grad_norm=grad_norm)
         step_optimizers(optimizers.values(), lr_at(step, cfg.steps, cfg.warmup))
-        run.forwards += 3 * target.numel()  # forward 1, backward 2
+        run.forwards += 3 * cfg.batch_size * cfg.context  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(model, val, val_cuts, tokenizer.eot)
             bits = val_loss / math.log(2) * (len(val) - 1) / val_bytes
             run.log(step, val_loss=val_loss, bits_per_byte=bits)
             run.say(
-                f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {val_loss:.3f}, "
-                f"{bits:.3f} bits per byte  {run.elapsed():.0f} s"
+                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
+                f"validation loss {val_loss:.3f}, {bits:.3f} bits per byte  {run.elapsed():.0f} s"
             )
 
     # ---- results

@@ -33,7 +33,18 @@ from data.files import held_out, keep_fitting, read_preferences
 from data.preferences import ensure_preferences
 from data.tokenizer import load_tokenizer
 from gpt import ScalarModel, load_model
-from train_pretrain import COLOURS, Run, lr_at, pick_device, run_script, step_optimizers
+from train_pretrain import (
+    COLOURS,
+    Run,
+    average_gradients,
+    lr_at,
+    mean_over_ranks,
+    my_share,
+    on_first_rank,
+    pick_device,
+    run_script,
+    step_optimizers,
+)
 
 
 @dataclass
@@ -127,7 +138,9 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
-    data = cfg.data or ensure_preferences(cfg.out, init, cfg.seed, cfg.max_new_tokens, device)
+    data = cfg.data or f"{cfg.out}/preferences.jsonl"
+    if not cfg.data:
+        on_first_rank(ensure_preferences, data, init, cfg.seed, cfg.max_new_tokens, device)
     rows = read_preferences(data)
     for row in rows:
         prompt = encode_prompt(tokenizer, row["messages"])
@@ -149,7 +162,8 @@ def main(cfg: Config) -> dict:
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         # One forward pass for both sides, so that they are treated alike.
-        sequences = [row["chosen_ids"] for row in batch] + [row["rejected_ids"] for row in batch]
+        mine = my_share(batch)
+        sequences = [row["chosen_ids"] for row in mine] + [row["rejected_ids"] for row in mine]
         chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(2, -1)
         loss = preference_loss(chosen, rejected)
         if step == 0:
@@ -157,11 +171,16 @@ def main(cfg: Config) -> dict:
                 "the head starts at 0, so the loss is ln 2"
             )
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        accuracy = (chosen > rejected).float().mean().item()
-        run.log(step, loss=loss.item(), accuracy=accuracy, grad_norm=grad_norm.item())
+        grad_norm = average_gradients(model, cfg.grad_clip)
+        accuracy = (chosen > rejected).float().mean()
+        run.log(
+            step,
+            **mean_over_ranks(device, loss=loss.item(), accuracy=accuracy),
+            grad_norm=grad_norm,
+        )
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
-        run.forwards += 3 * sum(map(len, sequences)) * model.config.n_layer / sft.config.n_layer
+        n_tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in batch)
+        run.forwards += 3 * n_tokens * model.config.n_layer / sft.config.n_layer
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             chosen = score_sequences(model, [row["chosen_ids"] for row in test_rows], tokenizer.pad)
@@ -172,7 +191,8 @@ def main(cfg: Config) -> dict:
             val_accuracy = float((chosen > rejected).mean())
             run.log(step, val_loss=val_loss, val_accuracy=val_accuracy)
             run.say(
-                f"step {step + 1:5d}  loss {loss.item():.3f}  held out: loss {val_loss:.3f}, "
+                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
+                f"held out: loss {val_loss:.3f}, "
                 f"accuracy {val_accuracy:.3f}  {run.elapsed():.0f} s"
             )
 

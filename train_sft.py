@@ -28,7 +28,17 @@ from data.tasks import SHOWN, demonstrations
 from data.tokenizer import load_tokenizer
 from gpt import load_model
 from kernels import linear_cross_entropy
-from train_pretrain import Run, lr_at, pick_device, run_script, step_optimizers
+from train_pretrain import (
+    WORLD,
+    Run,
+    average_gradients,
+    lr_at,
+    mean_over_ranks,
+    my_share,
+    pick_device,
+    run_script,
+    step_optimizers,
+)
 
 
 @dataclass
@@ -116,13 +126,16 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
-        tokens, mask = tensors([rows[i] for i in batches[step]])
+        batch = [rows[i] for i in batches[step]]
+        tokens, mask = tensors(my_share(batch))
         loss = sft_loss(model, tokens, mask)
+        # A rank with more reply tokens counts for more: every token of the batch counts the same.
+        loss = loss * (WORLD * mask.sum().item() / sum(sum(row["mask"]) for row in batch))
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        run.log(step, loss=loss.item(), grad_norm=grad_norm.item())
+        grad_norm = average_gradients(model, cfg.grad_clip)
+        run.log(step, **mean_over_ranks(device, loss=loss.item()), grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
-        run.forwards += 3 * tokens.numel()  # forward 1, backward 2
+        run.forwards += 3 * tokens.numel() * WORLD  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             with torch.no_grad():
@@ -133,7 +146,8 @@ def main(cfg: Config) -> dict:
                     count += mask.sum().item()
             run.log(step, val_loss=total / count)
             run.say(
-                f"step {step + 1:5d}  loss {loss.item():.3f}  validation loss {total / count:.3f}  "
+                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
+                f"validation loss {total / count:.3f}  "
                 f"{run.elapsed():.0f} s"
             )
 

@@ -93,12 +93,11 @@ def make_preferences(
     )
 
 
-def ensure_preferences(folder: str, checkpoint: str, seed: int, max_new_tokens: int, device) -> str:
-    """The path of folder/preferences.jsonl, made if it is missing or older than the checkpoint."""
-    path = Path(folder) / "preferences.jsonl"
+def ensure_preferences(path: str, checkpoint: str, seed: int, max_new_tokens: int, device):
+    """Make a file of preferences if it is missing or older than the checkpoint."""
+    path = Path(path)
     if not path.exists() or path.stat().st_mtime < Path(checkpoint).stat().st_mtime:
         make_preferences(checkpoint, path, seed=seed, max_new_tokens=max_new_tokens, device=device)
-    return str(path)
 
 
 def write_rows(rows: list[dict], out: str | Path):

@@ -97,7 +97,7 @@ def peers() -> tuple[dict, list]:
 
 
 def tasks() -> dict:
-    """task -> (provider -> function, its definition for float64, whether a backward pass follows)."""
+    """task -> (provider -> function, its definition for float64, whether backward follows)."""
     loss = {"ours": linear_cross_entropy, "linear + cross_entropy": eager_loss}
     logprobs = {"ours": linear_logprobs, "linear + log_softmax": eager_logprobs}
     both = {"ours": our_logprobs_with_entropy, "linear + log_softmax": eager_with_entropy}

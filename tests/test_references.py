@@ -392,7 +392,7 @@ def test_schedule_is_two_linear_ones_of_torch():
 
 
 def test_adamw_is_the_paper_s_with_decay_of_matrices_only():
-    """Loshchilov and Hutter 2019, algorithm 2, written out, on the optimizer that the scripts make."""
+    """Loshchilov and Hutter 2019, algorithm 2, against the optimizer that the scripts make."""
     model = random_gpt(n_layer=1)
     cfg = train_pretrain.Config(optimizer="adamw", lr=0.01, weight_decay=0.1)
     optimizer = train_pretrain.make_optimizers(model, cfg)["adamw"]

@@ -1,0 +1,134 @@
+"""Two processes under torchrun do what one does: same weights, one voice, and no waiting for ever."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_scripts import ROOT, TINY, chain, run  # noqa: F401 (chain is a fixture)
+
+import train_pretrain
+
+# What torchrun starts: one stage, whose replies (PPO's rollouts) do not depend on the rank.
+DRIVER = """
+import json, os, signal, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+import test_ranks, test_scripts, train_pretrain
+stage, out, die_at, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+script = test_scripts.SCRIPTS[stage]
+if stage == "ppo":
+    script.sample_replies = test_ranks.replies_without_chance
+log = train_pretrain.Run.log
+def log_and_die(self, step, **numbers):
+    if train_pretrain.RANK == 1 and step == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    log(self, step, **numbers)
+train_pretrain.Run.log = log_and_die
+sys.argv = [stage, f"--out={{out}}", *(f"--{{name}}={{value}}" for name, value in options.items())]
+train_pretrain.run_script(script.main, script.Config)
+"""
+
+
+def replies_without_chance(model, tokenizer, prompts, max_new_tokens, *rest):
+    """Replies that follow from the prompt alone, some of them without an end."""
+    from data.chat import Reply
+
+    replies = []
+    for prompt in prompts:
+        ids = [(7 * sum(prompt) + i) % tokenizer.pad for i in range(1 + sum(prompt) % 3)]
+        ended = sum(prompt) % 5 > 0
+        replies.append(Reply(ids + [tokenizer.end] * ended, tokenizer.decode(ids), ended))
+    return replies
+
+
+def two_ranks(stage, out, tmp_path, die_at=-1, **options):
+    (tmp_path / "driver.py").write_text(
+        DRIVER.format(root=str(ROOT), tests=str(Path(__file__).parent))
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={port}", tmp_path / "driver.py", stage, out, die_at]
+    options = json.dumps({**TINY[stage], **options})
+    return subprocess.run(
+        [*map(str, command), options], capture_output=True, text=True, timeout=120
+    )
+
+
+LONGER = {  # about 20 steps of each
+    "pretrain": dict(steps=20, optimizer="adamw", save_every=100, eval_every=20),
+    "sft": dict(epochs=3, save_every=100, eval_every=20),
+    "rm": dict(epochs=3, save_every=100, eval_every=20),
+    "ppo": dict(iterations=5, save_every=100, eval_every=5, target_kl=1.0),
+    "dpo": dict(epochs=3, save_every=100, eval_every=20),
+}
+
+
+@pytest.mark.parametrize("stage", LONGER)
+def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):  # noqa: F811
+    for out in (tmp_path / "one", tmp_path / "two"):
+        for name in ("pretrain", "sft", "rm"):
+            if name != stage:
+                shutil.copytree(chain / name, out / name)
+        shutil.copy(chain / "preferences.jsonl", out)
+    monkeypatch.setattr("train_ppo.sample_replies", replies_without_chance)
+    run(stage, tmp_path / "one", **LONGER[stage])
+    result = two_ranks(stage, tmp_path / "two", tmp_path, **LONGER[stage])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 processes on cpu") == result.stdout.count("results in") == 1
+
+    one, two = (
+        torch.load(tmp_path / n / stage / "ckpt.pt", weights_only=True)["model"]
+        for n in ("one", "two")
+    )
+    # Two kinds of numbers change nothing: the bias of the keys adds the same to all scores of a
+    # query, which softmax does not see, and the bias of the reward adds the same to both replies.
+    # Their gradients are rounding noise, which Adam blows up to steps of ordinary size.
+    if stage == "rm":
+        for model in (one, two):
+            model["mean"] = model["mean"] - model.pop("score.bias")
+    for name in one:
+        a, b = one[name], two[name]
+        if name.endswith("c_attn.bias"):
+            C = len(a) // 3
+            a, b = (torch.cat([x[:C], x[2 * C :]]) for x in (a, b))
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+    logs = [(tmp_path / n / stage / "log.csv").read_text().splitlines() for n in ("one", "two")]
+    assert logs[0][0] == logs[1][0] and len(logs[0]) == len(logs[1])
+    for line in zip(*(log[1:] for log in logs)):
+        a, b = ([float(x or 0) for x in row.split(",")] for row in line)
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute(tmp_path):
+    start = time.monotonic()
+    result = two_ranks("pretrain", tmp_path / "out", tmp_path, die_at=3, steps=100_000)
+    assert result.returncode != 0 and "SIGKILL" in result.stderr
+    assert time.monotonic() - start < 60
+    assert not (tmp_path / "out" / "pretrain" / "ckpt.pt").exists()
+
+
+def test_shares_are_equal_and_together_the_batch(monkeypatch):
+    monkeypatch.setattr(train_pretrain, "WORLD", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(train_pretrain, "RANK", rank)
+        shares.append(train_pretrain.my_share(list(range(12))))
+    assert [len(share) for share in shares] == [4, 4, 4]
+    assert sorted(sum(shares, [])) == list(range(12))
+
+    def all_gather(into, share):
+        into[:] = shares
+
+    monkeypatch.setattr(train_pretrain.distributed, "all_gather_object", all_gather)
+    assert train_pretrain.gather(shares[0]) == list(range(12))  # in the order of the batch
+    with pytest.raises(SystemExit, match="3 processes cannot share a batch of 10 equally"):
+        train_pretrain.my_share(list(range(10)))
