@@ -331,6 +331,8 @@ class Run:
         save_checkpoint(self.unfinished / "ckpt.pt", checkpoint)
 
     def _load(self, parts) -> int:
+        if not (self.unfinished / "ckpt.pt").exists():
+            raise SystemExit(f"--resume: no run to go on with in {self.unfinished}/; leave it out")
         saved = load_checkpoint(self.unfinished / "ckpt.pt")
         for name, now in asdict(self.cfg).items():
             was = saved["train_config"][name]
@@ -378,13 +380,13 @@ class Run:
         (self.unfinished / "samples.txt").write_text(samples, encoding="utf-8")
         cost = {"seconds": round(self.elapsed(), 1), "forward_equivalents": self.forwards}
         (self.unfinished / "cost.json").write_text(json.dumps(cost))
-        save_checkpoint(
-            self.unfinished / "ckpt.pt", {**self.identity, "model": model.state_dict(), **extra}
-        )
-        files = sorted(self.unfinished.iterdir(), key=lambda file: file.name == "ckpt.pt")
-        for file in files:  # the checkpoint last
-            os.replace(file, self.folder / file.name)
-        self.unfinished.rmdir()
+        # Killed in here, --resume still finds its checkpoint, and does the last steps again.
+        for file in self.unfinished.iterdir():
+            if file.name != "ckpt.pt":
+                os.replace(file, self.folder / file.name)
+        result = {**self.identity, "model": model.state_dict(), **extra}
+        save_checkpoint(self.folder / "ckpt.pt", result)
+        shutil.rmtree(self.unfinished)
         print(f"{self.stage}: {self.elapsed():.0f} seconds, results in {self.folder}/")
 
 

@@ -42,7 +42,7 @@ def read_text(path: str | Path) -> str:
 def read_rows(path: str | Path) -> list[dict]:
     """The objects of a JSON list or of JSON lines, each with its place under "where"."""
     text, rows = read_text(path), []
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=fields_once)
     is_list = text.lstrip().startswith("[")
     place = text.index("[") + 1 if is_list else 0
     line, counted = 1, 0  # `line` is right for the characters before `counted`
@@ -50,10 +50,12 @@ def read_rows(path: str | Path) -> list[dict]:
         place = re.compile(r"[\s,]*" if is_list else r"\s*").match(text, place).end()
         line, counted = line + text.count("\n", counted, place), place
         if place == len(text) or (is_list and text[place] == "]"):
+            if text[place + 1 :].strip():
+                raise SystemExit(f"{path}:{line}: there is more text after the end of the list")
             break
         try:
             row, place = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", counted))
             raise SystemExit(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})")
         if not isinstance(row, dict):
@@ -68,6 +70,15 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
+def fields_once(pairs: list[tuple]) -> dict:
+    """A JSON object as a dict. Of a field that is there twice, json would quietly keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'field "{max(names, key=names.count)}" twice in one object')
+    return row
+
+
 def field(row: dict, name: str, may_be_blank=False) -> str:
     """The text in a field of a row. Exits if it is missing, no text, or blank."""
     if name not in row:
@@ -77,6 +88,11 @@ def field(row: dict, name: str, may_be_blank=False) -> str:
         raise SystemExit(
             f'{row["where"]}: field "{name}" must be text, not {str(row[name])[:40]!r}'
         )
+    try:
+        row[name].encode()
+    except UnicodeEncodeError as error:
+        half = row[name][error.start].encode("unicode_escape").decode()
+        raise SystemExit(f'{row["where"]}: field "{name}" has half a character, {half}')
     return row[name]
 
 
@@ -131,7 +147,7 @@ def read_preferences(path: str | Path) -> list[dict]:
 
     Rows of the town also carry "kind", "gold" and "p" (see data/preferences.py), for reports only.
     """
-    rows = []
+    rows, equal = [], []
     for row in read_rows(path):
         # A model may have said nothing at all, and that is a reply that people can reject.
         chosen, rejected = (field(row, name, may_be_blank=True) for name in ("chosen", "rejected"))
@@ -142,6 +158,9 @@ def read_preferences(path: str | Path) -> list[dict]:
             other, rejected = read_dialogue(rejected, row["where"])
             if messages != other:
                 raise SystemExit(f"{row['where']}: chosen and rejected answer different prompts")
+        if chosen == rejected:
+            equal.append(row["where"])
+            continue
         extra = {k: row[k] for k in ("kind", "gold", "p") if k in row}
         rows.append(
             {
@@ -152,6 +171,10 @@ def read_preferences(path: str | Path) -> list[dict]:
                 **extra,
             }
         )
+    if equal:
+        print(f"left out {len(equal)} pairs of equal replies: {', '.join(equal[:5])}, ...")
+    if not rows:
+        raise SystemExit(f"{path}: all pairs are of equal replies")
     return rows
 
 

@@ -19,8 +19,20 @@ from gpt import GPT, GPTConfig  # noqa: E402
 torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="also run the tests that take long")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "reference: compares with libraries that may not be there")
+    config.addinivalue_line("markers", "thorough: takes long; runs with --thorough")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        for item in items:
+            if "thorough" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="runs with --thorough"))
 
 
 @pytest.fixture(autouse=True)

@@ -215,6 +215,14 @@ MUTANTS = [
         "common",
         "test_losses.py::test_learning_rate_rises_then_falls_to_its_floor",
     ),
+    Mutant(
+        "train_pretrain.py",
+        "vector_to_parameters(together / WORLD, gradients)",
+        "vector_to_parameters(together, gradients)",
+        "On 8 GPUs the gradient norm is 8 times as large, and clipping cuts almost every step.",
+        "common: the loss scaled by the number of ranks",
+        "test_ranks.py::test_two_ranks_reach_the_weights_of_one_process",
+    ),
     # ---- SFT
     Mutant(
         "train_sft.py",

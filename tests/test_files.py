@@ -86,6 +86,16 @@ def test_gzip_byte_order_mark_and_windows_lines_are_read(tmp_path):
             "last message must be the assistant's",
         ),
         ('{"messages": "hello"}', "must be a list of objects"),
+        ('{"messages": [{"role": "user"}]}', r'rows:1: no field "content"'),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "roles must be user"),
+        ('{"prompt": "a", "response": ""}', r'rows:1: field "response" must be text'),
+        ('{"prompt": ["a"], "response": "b"}', r'rows:1: field "prompt" must be text, not'),
+        ('{"prompt": "a", "prompt": "c", "response": "b"}', r'rows:1: .*"prompt" twice'),
+        ('\n{"prompt": "half \\ud83d", "response": "b"}', r"rows:2: .*half a character, .*ud83d"),
+        ('[{"prompt": "a", "response": "b"}]\n[1]', r"rows:1: there is more text after the end"),
+        ('{"prompt": "a\0", "response": "b"}', r"rows:1: not valid JSON \(Invalid control"),
+        ('{"a": ' * 100_000, r"rows:1: not valid JSON"),
+        ("prompt,response\na,b", r"rows:1: not valid JSON"),
     ],
 )
 def test_bad_rows_are_named_with_file_and_line(tmp_path, content, message):
@@ -108,6 +118,21 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, content, message):
 def test_bad_preferences_are_named(tmp_path, row, message):
     with pytest.raises(SystemExit, match=message):
         read_preferences(write(tmp_path / "rows", [row]))
+
+
+def test_pairs_of_equal_replies_are_counted_and_named(tmp_path, capsys):
+    same, other = ({"prompt": "a", "chosen": "b", "rejected": r} for r in "bc")
+    assert len(read_preferences(write(tmp_path / "rows", [same, other, other]))) == 2
+    assert f"left out 1 pairs of equal replies: {tmp_path}/rows:1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="all pairs are of equal replies"):
+        read_preferences(write(tmp_path / "rows", [same]))
+
+
+def test_odd_but_lawful_text_is_read_as_it_is(tmp_path):
+    odd = ["nul \0", "<|end|><|user|>", "e\u0301 \U0001f600", "a\r\nb", "x" * 10_000_000, "\ufeff"]
+    rows = [{"prompt": text, "response": text} for text in odd]
+    for row, text in zip(read_conversations(write(tmp_path / "rows", rows)), odd):
+        assert [message["content"] for message in row["messages"]] == [text, text]
 
 
 def test_unreadable_files_are_clear_errors(tmp_path):

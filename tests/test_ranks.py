@@ -72,7 +72,12 @@ LONGER = {  # about 20 steps of each
 }
 
 
-@pytest.mark.parametrize("stage", LONGER)
+LONG = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "stage", ["pretrain", "ppo", *(pytest.param(x, marks=LONG) for x in ("sft", "rm", "dpo"))]
+)
 def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):  # noqa: F811
     for out in (tmp_path / "one", tmp_path / "two"):
         for name in ("pretrain", "sft", "rm"):
