@@ -372,10 +372,15 @@ COMMANDS = {
 }
 
 
-def load_model(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:
-    """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries."""
+def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dict]:
+    """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries.
+
+    kind: GPT, or ScalarModel for a reward model. Exits if the checkpoint holds the other.
+    """
     checkpoint = load_checkpoint(path, device)
-    kind = ScalarModel if checkpoint["stage"] == "rm" else GPT
+    if (checkpoint["stage"] == "rm") != (kind is ScalarModel):
+        found = "a language model" if kind is ScalarModel else "a reward model"
+        raise SystemExit(f"{path} is {found}: another checkpoint is needed here")
     model = kind(GPTConfig(**checkpoint["model_config"]))
     load_weights(model, checkpoint.pop("model"), path)
     return model.to(device).eval(), checkpoint
@@ -435,8 +440,6 @@ def main():
     models = []
     for path in paths:
         model, checkpoint = load_model(path)
-        if isinstance(model, ScalarModel):
-            raise SystemExit(f"{path} is a reward model: it scores replies and cannot write any")
         models.append((model, load_tokenizer(checkpoint["tokenizer"]), checkpoint["stage"]))
 
     def answer(text: str, seed: int):

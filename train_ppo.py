@@ -36,7 +36,7 @@ from data.files import held_out, keep_fitting, read_prompts
 from data.gold import gold
 from data.tasks import SHOWN, draw_tasks
 from data.tokenizer import load_tokenizer
-from gpt import load_model
+from gpt import ScalarModel, load_model
 from kernels import linear_logprobs
 from train_pretrain import (
     RANK,
@@ -234,11 +234,11 @@ def main(cfg: Config) -> dict:
     init, rm_path = cfg.init or f"{cfg.out}/sft/ckpt.pt", cfg.rm or f"{cfg.out}/rm/ckpt.pt"
     policy, checkpoint = load_model(init, device)
     ref, _ = load_model(init, device)
-    reward_model, rm_checkpoint = load_model(rm_path, device)
-    critic, _ = load_model(rm_path, device)
+    reward_model, rm_checkpoint = load_model(rm_path, device, ScalarModel)
+    critic, _ = load_model(rm_path, device, ScalarModel)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if rm_checkpoint["stage"] != "rm" or rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
-        raise SystemExit(f"{rm_path} is not a reward model with the tokenizer of {init}")
+    if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
+        raise SystemExit(f"{rm_path} has another tokenizer than {init}")
     ref.requires_grad_(False)
     reward_model.requires_grad_(False)
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)

@@ -37,7 +37,7 @@ from data.chat import (
 from data.gold import declines, exact_match, f1, gold
 from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
-from gpt import GPT, load_model
+from gpt import GPT, ScalarModel, load_model
 from kernels import linear_logprobs
 from train_rm import score_sequences
 
@@ -180,7 +180,7 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
         print(f"{name} answers {n_prompts} prompts", flush=True)
         stage = sft if name in ("sft", "best_of_n") else Stage(name, out, max_new_tokens)
         if name == "best_of_n":
-            reward_model, rm_checkpoint = load_model(out / "rm" / "ckpt.pt")
+            reward_model, rm_checkpoint = load_model(out / "rm" / "ckpt.pt", kind=ScalarModel)
 
         def answer(tasks, temperature):
             texts = [task.prompt if isinstance(task, Task) else task for task in tasks]

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 import train_dpo
 import train_pretrain
-from gpt import ScalarModel
+from gpt import GPT, GPTConfig, ScalarModel
+from kernels import linear_cross_entropy, linear_logprobs
 from train_dpo import dpo_loss, sequence_logprobs
+from train_ppo import policy_loss, value_loss
 from train_pretrain import cut_documents, lr_at, make_optimizers, step_optimizers, validation_loss
 from train_rm import (
     expected_calibration_error,
@@ -20,6 +22,56 @@ from train_rm import (
     spearman,
 )
 from train_sft import sft_loss
+
+# ---------------------------------------------------------------------------------------------
+# All of them
+
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+TARGET, LENGTHS = torch.tensor([0, 3, 6, 2, 2]), torch.tensor([[3, 7, 1], [2, 5, 9]])
+LOSSES = {  # name: (loss as a function of tensors, the shapes of those tensors)
+    "cross-entropy of SFT": (lambda h, w: linear_cross_entropy(h, w, TARGET), (5, 4), (7, 4)),
+    "z-loss": (lambda h, w: linear_cross_entropy(h, w, TARGET, z_loss=0.1), (5, 4), (7, 4)),
+    "log-probability": (lambda h, w: linear_logprobs(h, w, TARGET), (5, 4), (7, 4)),
+    "entropy": (
+        lambda h, w: linear_logprobs(h, w, TARGET, temperature=0.7, return_entropy=True)[1],
+        (5, 4),
+        (7, 4),
+    ),
+    "Bradley-Terry": (preference_loss, (6,), (6,)),
+    "PPO policy": (lambda x: policy_loss(0.3 * x, random(9) * 0.3, random(9), 0.2)[0], (9,)),
+    "PPO value": (lambda x: value_loss(x, random(9) + 0.1, 2 * random(9), 0.2), (9,)),
+    **{
+        f"{name}, nll {nll}": (
+            lambda x, name=name, nll=nll: dpo_loss(
+                x, random(2, 3), LENGTHS, train_dpo.Config(loss=name, nll=nll)
+            ),
+            (2, 3),
+        )
+        for name in ("dpo", "cdpo", "ipo", "simpo")
+        for nll in (0.0, 0.5)
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_of_every_loss_agrees_with_finite_differences(name):
+    loss, *shapes = LOSSES[name]
+    inputs = [(random(*shape) + 0.01 * i).requires_grad_() for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_a_model_that_has_learned_nothing_loses_ln_v_nats_and_half_the_variance_of_its_logits():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=1152, context=96, n_layer=3, n_head=4, n_embd=128))
+    tokens = torch.randint(1152, (32, 96))
+    loss = sft_loss(model, tokens, torch.ones_like(tokens).bool())
+    variance = 128 * 0.02**2  # of a product of normalised states and a row of the token table
+    assert loss.item() == pytest.approx(math.log(1152) + variance / 2, abs=0.01)
+
 
 # ---------------------------------------------------------------------------------------------
 # Pretraining

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data.preferences
 import kernels
 import train_dpo
 import train_ppo
@@ -28,7 +29,7 @@ from data.files import held_out
 from data.preferences import annotate, ask_human, make_preferences, write_rows
 from data.tasks import demonstrate, draw_tasks
 from data.tokenizer import load_tokenizer
-from gpt import load_model
+from gpt import ScalarModel, load_model
 from train_pretrain import parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,7 @@ TINY = {
     "rm": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
     "ppo": dict(
         iterations=4,
+        target_kl=0.5,  # so that beta changes, and --resume has to bring it back
         rollouts=8,
         minibatch=4,
         microbatch=2,
@@ -207,7 +209,7 @@ def test_the_size_of_a_microbatch_does_not_change_what_ppo_learns(chain, tmp_pat
 
 def test_scores_of_sft_samples_have_mean_0_and_sd_1(chain):
     sft, checkpoint = load_model(chain / "sft" / "ckpt.pt")
-    reward_model, _ = load_model(chain / "rm" / "ckpt.pt")
+    reward_model, _ = load_model(chain / "rm" / "ckpt.pt", kind=ScalarModel)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     rows = [json.loads(line) for line in (chain / "preferences.jsonl").read_text().splitlines()]
     rows, _ = held_out(rows)
@@ -279,6 +281,31 @@ def test_preferences_without_a_usable_pair_say_so(chain, tmp_path):
             chain / "sft" / "ckpt.pt", tmp_path / "pairs.jsonl", pairs=10, max_new_tokens=2
         )
     assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_preferences_are_two_different_finished_replies_to_a_prompt(chain, tmp_path, monkeypatch):
+    checkpoint = torch.load(chain / "sft" / "ckpt.pt", weights_only=True)
+    end = load_tokenizer(checkpoint["tokenizer"]).end
+    weights = checkpoint["model"]  # the tiny model never ends a reply: make the end likely
+    weights["ln_f.bias"] += 4 * weights["wte.weight"][end] / weights["wte.weight"][end].norm() ** 2
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    monkeypatch.setattr(sys, "argv", ["x", f"--ckpt={tmp_path}/ckpt.pt", f"--out={tmp_path}/p"])
+    sys.argv += ["--pairs=100", "--max_new_tokens=20"]
+    data.preferences.main()
+    rows = [json.loads(line) for line in (tmp_path / "p").read_text().splitlines()]
+    assert len(rows) > 20
+    for row in rows:
+        assert row["chosen"] != row["rejected"] and row["prompt"] and 0 < row["p"] < 1
+    made = (tmp_path / "p").stat().st_mtime_ns
+    data.preferences.ensure_preferences(tmp_path / "p", tmp_path / "ckpt.pt", 0, 20, "cpu")
+    assert (tmp_path / "p").stat().st_mtime_ns == made  # newer than the model: left alone
+
+    monkeypatch.setattr("builtins.input", lambda _: "q")
+    sys.argv += ["--human", f"--prompts={tmp_path}/p"]
+    data.preferences.main()
+    sys.argv[1] = f"--ckpt={chain}/rm/ckpt.pt"
+    with pytest.raises(SystemExit, match="rm/ckpt.pt is a reward model: another checkpoint"):
+        data.preferences.main()
 
 
 def test_annotated_rows_say_how_likely_their_label_was():
