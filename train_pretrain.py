@@ -292,9 +292,9 @@ class Run:
             "train_config": asdict(self.cfg),
         }
         on_first_rank(self._make_folder)
-        stopped = []
+        asked = []  # to stop, by Ctrl-C or SIGTERM
         signals = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(s, lambda *_: stopped.append(True)) for s in signals]
+        before = [signal.signal(s, lambda *_: asked.append(True)) for s in signals]
         try:
             # disable=None: no bar where the output is not a terminal, say a log file
             silent = True if RANK > 0 else None
@@ -302,11 +302,11 @@ class Run:
             device = next(model.parameters()).device
             for step in self.bar:
                 yield step
-                if WORLD > 1:  # stop together: one that is gone would keep the others waiting
-                    stopped = mean_over_ranks(device, stopped=bool(stopped))["stopped"] > 0
-                if stopped or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total):
+                # All stop together: one that is gone would keep the others waiting.
+                stop = mean_over_ranks(device, asked=bool(asked))["asked"] > 0
+                if stop or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total):
                     self._save(parts, step + 1)
-                if stopped:
+                if stop:
                     print(
                         f"\nstopped after step {step}. `python train_{self.stage}.py --resume` "
                         f"(with the same options) goes on from {self.unfinished / 'ckpt.pt'}"

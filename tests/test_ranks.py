@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import ROOT, TINY, chain, run  # noqa: F401 (chain is a fixture)
+from test_scripts import ROOT, TINY, chain, run, same  # noqa: F401 (chain is a fixture)
 
 import train_pretrain
 
@@ -21,17 +21,18 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 import test_ranks, test_scripts, train_pretrain
-stage, out, die_at, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+stage, out, options, die_at, stop_at = [*sys.argv[1:3], *map(json.loads, sys.argv[3:])]
 script = test_scripts.SCRIPTS[stage]
 if stage == "ppo":
     script.sample_replies = test_ranks.replies_without_chance
 log = train_pretrain.Run.log
 def log_and_die(self, step, **numbers):
-    if train_pretrain.RANK == 1 and step == die_at:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if train_pretrain.RANK == 1 and step in (die_at, stop_at):
+        os.kill(os.getpid(), signal.SIGKILL if step == die_at else signal.SIGTERM)
     log(self, step, **numbers)
 train_pretrain.Run.log = log_and_die
-sys.argv = [stage, f"--out={{out}}", *(f"--{{name}}={{value}}" for name, value in options.items())]
+sys.argv = [stage, f"--out={{out}}"]
+sys.argv += [f"--{{k}}" if v is None else f"--{{k}}={{v}}" for k, v in options.items()]
 train_pretrain.run_script(script.main, script.Config)
 """
 
@@ -48,7 +49,8 @@ def replies_without_chance(model, tokenizer, prompts, max_new_tokens, *rest):
     return replies
 
 
-def two_ranks(stage, out, tmp_path, die_at=-1, **options):
+def two_ranks(stage, out, tmp_path, die_at=-1, stop_at=-1, **options):
+    """Run a stage on two ranks; at the given steps rank 1 is killed, or asked to stop."""
     (tmp_path / "driver.py").write_text(
         DRIVER.format(root=str(ROOT), tests=str(Path(__file__).parent))
     )
@@ -56,10 +58,10 @@ def two_ranks(stage, out, tmp_path, die_at=-1, **options):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={port}", tmp_path / "driver.py", stage, out, die_at]
-    options = json.dumps({**TINY[stage], **options})
+    command += [f"--master_port={port}", tmp_path / "driver.py", stage, out]
+    command += [json.dumps({**TINY[stage], **options}), die_at, stop_at]
     return subprocess.run(
-        [*map(str, command), options], capture_output=True, text=True, timeout=120
+        [str(word) for word in command], capture_output=True, text=True, timeout=120
     )
 
 
@@ -111,6 +113,17 @@ def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch
     for line in zip(*(log[1:] for log in logs)):
         a, b = ([float(x or 0) for x in row.split(",")] for row in line)
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.thorough
+def test_stopped_and_resumed_two_ranks_end_with_the_same_bits(tmp_path):
+    options = dict(steps=30, optimizer="adamw", save_every=100, eval_every=100)
+    assert two_ranks("pretrain", tmp_path / "whole", tmp_path, **options).returncode == 0
+    half = two_ranks("pretrain", tmp_path / "half", tmp_path, stop_at=7, **options)
+    assert half.returncode != 0 and "stopped after step 7" in half.stdout
+    resumed = two_ranks("pretrain", tmp_path / "half", tmp_path, **options, resume=None)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same(tmp_path / "whole" / "pretrain", tmp_path / "half" / "pretrain")
 
 
 def test_a_rank_that_dies_ends_the_run_within_a_minute(tmp_path):
