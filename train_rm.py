@@ -167,9 +167,7 @@ def main(cfg: Config) -> dict:
         chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(2, -1)
         loss = preference_loss(chosen, rejected)
         if step == 0:
-            assert abs(loss.item() - math.log(2)) < 1e-6, (
-                "the head starts at 0, so the loss is ln 2"
-            )
+            assert abs(loss.item() - math.log(2)) < 1e-6, "the head starts at 0: loss ln 2"
         loss.backward()
         grad_norm = average_gradients(model, cfg.grad_clip)
         accuracy = (chosen > rejected).float().mean()
@@ -191,9 +189,8 @@ def main(cfg: Config) -> dict:
             val_accuracy = float((chosen > rejected).mean())
             run.log(step, val_loss=val_loss, val_accuracy=val_accuracy)
             run.say(
-                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
-                f"held out: loss {val_loss:.3f}, "
-                f"accuracy {val_accuracy:.3f}  {run.elapsed():.0f} s"
+                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  held out: "
+                f"loss {val_loss:.3f}, accuracy {val_accuracy:.3f}  {run.elapsed():.0f} s"
             )
 
     # ---- normalisation: mean 0 and SD 1 on samples of the SFT model

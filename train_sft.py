@@ -128,9 +128,9 @@ def main(cfg: Config) -> dict:
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         tokens, mask = tensors(my_share(batch))
-        loss = sft_loss(model, tokens, mask)
-        # A rank with more reply tokens counts for more: every token of the batch counts the same.
-        loss = loss * (WORLD * mask.sum().item() / sum(sum(row["mask"]) for row in batch))
+        # Every token of the batch counts the same, on whichever rank it is.
+        tokens_per_rank = sum(sum(row["mask"]) for row in batch) / WORLD
+        loss = sft_loss(model, tokens, mask, reduction="sum") / tokens_per_rank
         loss.backward()
         grad_norm = average_gradients(model, cfg.grad_clip)
         run.log(step, **mean_over_ranks(device, loss=loss.item()), grad_norm=grad_norm)
@@ -147,8 +147,7 @@ def main(cfg: Config) -> dict:
             run.log(step, val_loss=total / count)
             run.say(
                 f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
-                f"validation loss {total / count:.3f}  "
-                f"{run.elapsed():.0f} s"
+                f"validation loss {total / count:.3f}  {run.elapsed():.0f} s"
             )
 
     # ---- results

@@ -293,6 +293,14 @@ MUTANTS = [
     ),
     Mutant(
         "train_ppo.py",
+        "    ref.requires_grad_(False)\n",
+        "    ref = policy\n",
+        "KL stays exactly 0, whatever beta is, and the policy runs away.",
+        "common: the reference is trained along, or is the same object",
+        "test_scripts.py::test_policy_leaves_its_reference",
+    ),
+    Mutant(
+        "train_ppo.py",
         "ratio = (logprobs - old_logprobs).exp()",
         "ratio = (logprobs - logprobs).exp()",
         "Every ratio is exactly 1 for ever, clipfrac is 0, and the policy hardly moves.",
@@ -507,7 +515,7 @@ def verdict(mutant: Mutant) -> str:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command.append(f"tests/{mutant.test}")
         run = subprocess.run(command, cwd=f"{folder}/copy", capture_output=True, text=True)
-        if run.returncode == 1 and "failed" in run.stdout.splitlines()[-1]:
+        if run.returncode == 1:  # a test failed, or what it builds on did
             return "killed"
         return "SURVIVED" if run.returncode == 0 else f"did not run:\n{run.stdout[-2000:]}"
 

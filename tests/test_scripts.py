@@ -188,6 +188,13 @@ def test_first_losses_are_those_of_models_that_have_learned_nothing_yet(chain):
     assert ppo["objective"] == pytest.approx(-2)  # no reply of the tiny model ends
 
 
+def test_policy_leaves_its_reference(chain):
+    """And the reference stays where it was, as an assertion at the end of train_ppo.py says."""
+    rows = (chain / "ppo" / "log.csv").read_text().splitlines()
+    kl_exact = [float(row.split(",")[rows[0].split(",").index("kl_exact")]) for row in rows[1:]]
+    assert kl_exact[0] == 0 and kl_exact[-1] > 0
+
+
 def test_ppo_without_learning_keeps_every_ratio_at_one(chain, tmp_path):
     for name in ("sft", "rm"):
         shutil.copytree(chain / name, tmp_path / name)
