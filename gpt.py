@@ -17,6 +17,7 @@ Notation, here and in all files:
     python gpt.py                              talk to the newest stage in out/
     python gpt.py --prompt "What is 4-2?"      answer once
     python gpt.py --compare                    the same prompts, answered by every stage
+    python gpt.py --export DIR                 a folder that transformers loads (data/gpt2.py)
 """
 
 import argparse
@@ -375,8 +376,13 @@ COMMANDS = {
 def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dict]:
     """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries.
 
+    path: a checkpoint, or GPT-2's weights: a folder or a name (see data/gpt2.py).
     kind: GPT, or ScalarModel for a reward model. Exits if the checkpoint holds the other.
     """
+    from data.gpt2 import is_gpt2, load_gpt2
+
+    if is_gpt2(path) and kind is GPT:
+        return load_gpt2(path, device)
     checkpoint = load_checkpoint(path, device)
     if (checkpoint["stage"] == "rm") != (kind is ScalarModel):
         found = "a language model" if kind is ScalarModel else "a reward model"
@@ -405,6 +411,7 @@ def main():
     """Talk to a checkpoint at the terminal, or let every stage answer the same prompts."""
     # Down here, because the model itself needs nothing of ours and these import it.
     from data.chat import encode_opening, encode_prompt, question, sample_replies
+    from data.gpt2 import export
     from data.tasks import SHOWN
     from data.tokenizer import load_tokenizer
 
@@ -424,6 +431,7 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
+    parser.add_argument("--export", metavar="DIR", help="write the model for transformers instead")
     args = parser.parse_args()
 
     stages = [Path(args.out) / stage / "ckpt.pt" for stage in ("pretrain", "sft", "ppo", "dpo")]
@@ -441,6 +449,11 @@ def main():
     for path in paths:
         model, checkpoint = load_model(path)
         models.append((model, load_tokenizer(checkpoint["tokenizer"]), checkpoint["stage"]))
+
+    if args.export:
+        export(*models[0][:2], args.export)
+        print(f"{paths[0]} is in {args.export}/ now, with its tokenizer, for transformers")
+        return
 
     def answer(text: str, seed: int):
         for model, tokenizer, stage in models:

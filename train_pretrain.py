@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 from data.chat import encode_opening, pad
 from data.files import held_out, read_text
-from data.tokenizer import make_tokenizer
+from data.tokenizer import load_tokenizer, make_tokenizer
 from data.town import documents
-from gpt import GPT, GPTConfig, generate, load_checkpoint, save_checkpoint
+from gpt import GPT, GPTConfig, generate, load_checkpoint, load_model, save_checkpoint
 from kernels import backend, linear_cross_entropy
 
 matplotlib.use("Agg")  # draw into files: no window, no display needed
@@ -54,11 +54,12 @@ import matplotlib.pyplot as plt
 @dataclass
 class Config:
     # data
+    init: str = ""  # weights to start from: gpt2, a folder with GPT-2's, a checkpoint ("" = random)
     data: str = ""  # a text file to train on ("" = the town); <|endoftext|> separates documents
     documents: int = 30000  # how many documents of the town to write
-    tokenizer: str = "bpe"  # bpe (trained here), char, or gpt2
+    tokenizer: str = "bpe"  # bpe (trained here), char, or gpt2; with --init that of the weights
     vocab_size: int = 1152  # tokens of a bpe tokenizer, the five special ones included
-    # model
+    # model (its shape comes with the weights under --init)
     context: int = 96  # longest sequence, in tokens
     n_layer: int = 3  # transformer blocks
     n_head: int = 4  # attention heads per block
@@ -478,7 +479,7 @@ def main(cfg: Config) -> dict:
     if cfg.n_embd % cfg.n_head:
         raise SystemExit(f"--n_head {cfg.n_head} must divide --n_embd {cfg.n_embd}")
 
-    # ---- data: documents -> one long row of token ids
+    # ---- data: documents -> one long row of token ids; the model that will read them
     if cfg.data:
         texts = [text for text in read_text(cfg.data).split("<|endoftext|>") if text.strip()]
         if len(texts) == 1:  # one document: its last tenth is for validation
@@ -491,7 +492,16 @@ def main(cfg: Config) -> dict:
         train_texts = documents(cfg.documents, cfg.seed)
         val_texts = documents(1000, "validation")
         openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
-    tokenizer = make_tokenizer(cfg.tokenizer, train_texts + val_texts, cfg.vocab_size)
+    if cfg.init:
+        model, checkpoint = load_model(cfg.init, device)
+        tokenizer = load_tokenizer(checkpoint["tokenizer"])
+        if cfg.context > model.config.context:
+            raise SystemExit(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
+    else:
+        tokenizer = make_tokenizer(cfg.tokenizer, train_texts + val_texts, cfg.vocab_size)
+        shape = cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd
+        model = GPT(GPTConfig(tokenizer.n_vocab, *shape)).to(device)
+    model.train()
     for texts, name in ((train_texts, "train.bin"), (val_texts, "val.bin")):
         on_first_rank(write_tokens, texts, tokenizer, run.folder / name)
     train, val = (read_tokens(tokenizer, run.folder / f"{name}.bin") for name in ("train", "val"))
@@ -504,9 +514,6 @@ def main(cfg: Config) -> dict:
     starts = starts[starts + cfg.context < len(train)]
     val_bytes = sum(len(text.encode()) for text in val_texts)
 
-    # ---- model and optimizers
-    model = GPT(GPTConfig(tokenizer.n_vocab, cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd))
-    model.to(device)
     optimizers = make_optimizers(model, cfg)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "

@@ -95,8 +95,11 @@ def make_preferences(
 
 def ensure_preferences(path: str, checkpoint: str, seed: int, max_new_tokens: int, device):
     """Make a file of preferences if it is missing or older than the checkpoint."""
-    path = Path(path)
-    if not path.exists() or path.stat().st_mtime < Path(checkpoint).stat().st_mtime:
+    path, checkpoint = Path(path), Path(checkpoint)
+    older = (
+        checkpoint.exists() and path.exists() and path.stat().st_mtime < checkpoint.stat().st_mtime
+    )
+    if older or not path.exists():
         make_preferences(checkpoint, path, seed=seed, max_new_tokens=max_new_tokens, device=device)
 
 

@@ -53,6 +53,16 @@ def tokenizer():
     return make_tokenizer("bpe", documents(300, seed="tests"), 500)
 
 
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A folder in which all five stages have run."""
+    from tiny_runs import run_chain
+
+    out = tmp_path_factory.mktemp("out")
+    run_chain(out)
+    return out
+
+
 @pytest.fixture
 def tiny():
     """A GPT with 2 layers and random weights, large enough that nothing is almost uniform."""

@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does: same weights, one voice, and no waiting for ever."""
+"""Two processes under torchrun do what one does: same weights, one voice, no endless waiting."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_scripts import ROOT, TINY, chain, run, same  # noqa: F401 (chain is a fixture)
+from tiny_runs import ROOT, TINY, run, same
 
 import train_pretrain
 
@@ -20,9 +20,9 @@ import json, os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
-import test_ranks, test_scripts, train_pretrain
+import test_ranks, tiny_runs, train_pretrain
 stage, out, options, die_at, stop_at = [*sys.argv[1:3], *map(json.loads, sys.argv[3:])]
-script = test_scripts.SCRIPTS[stage]
+script = tiny_runs.SCRIPTS[stage]
 if stage == "ppo":
     script.sample_replies = test_ranks.replies_without_chance
 log = train_pretrain.Run.log
@@ -80,7 +80,7 @@ LONG = pytest.mark.thorough
 @pytest.mark.parametrize(
     "stage", ["pretrain", "ppo", *(pytest.param(x, marks=LONG) for x in ("sft", "rm", "dpo"))]
 )
-def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):  # noqa: F811
+def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):
     for out in (tmp_path / "one", tmp_path / "two"):
         for name in ("pretrain", "sft", "rm"):
             if name != stage:

@@ -11,82 +11,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import ROOT, SCRIPTS, TINY, run, same
 
 import data.preferences
 import kernels
-import train_dpo
-import train_ppo
 import train_pretrain
 import train_rm
-import train_sft
 from data.chat import Reply, encode_prompt, question, sample_replies
 from data.evaluate import evaluate
 from data.files import held_out
-from data.preferences import annotate, ask_human, make_preferences, write_rows
+from data.preferences import annotate, ask_human, make_preferences
 from data.tasks import demonstrate, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import ScalarModel, load_model
 from train_pretrain import parse_config
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = {
-    "pretrain": train_pretrain,
-    "sft": train_sft,
-    "rm": train_rm,
-    "ppo": train_ppo,
-    "dpo": train_dpo,
-}
-TINY = {
-    "pretrain": dict(
-        documents=300,
-        vocab_size=700,
-        n_layer=1,
-        n_head=2,
-        n_embd=32,
-        batch_size=4,
-        steps=6,
-        save_every=2,
-        eval_every=3,
-    ),
-    "sft": dict(
-        demonstrations=120, batch_size=16, epochs=1, save_every=2, eval_every=3, max_new_tokens=4
-    ),
-    "rm": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
-    "ppo": dict(
-        iterations=4,
-        target_kl=0.5,  # so that beta changes, and --resume has to bring it back
-        rollouts=8,
-        minibatch=4,
-        microbatch=2,
-        save_every=2,
-        eval_every=3,
-        max_new_tokens=4,
-    ),
-    "dpo": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
-}
-
-
-def run(stage, out, **changes):
-    script = SCRIPTS[stage]
-    return script.main(script.Config(out=str(out), **{**TINY[stage], **changes}))
-
-
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory):
-    """A folder in which all five stages have run."""
-    out = tmp_path_factory.mktemp("out")
-    for stage in SCRIPTS:
-        if stage == "rm":  # the tiny model never ends a reply, so the crowd writes the pairs
-            rng = random.Random(0)
-            tasks = draw_tasks(250, "pairs")
-            pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
-            write_rows(annotate(tasks, pairs, tau=0.5, flip=0.0, seed=0), out / "preferences.jsonl")
-        run(stage, out)
-    return out
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -98,12 +39,6 @@ def test_every_stage_leaves_its_files_and_nothing_unfinished(chain, stage):
     assert checkpoint["stage"] == stage
     cost = json.loads((chain / stage / "cost.json").read_text())
     assert cost["seconds"] > 0 and cost["forward_equivalents"] > 0
-
-
-def same(a, b):
-    """Two checkpoints hold the same numbers, bit for bit."""
-    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

@@ -1,4 +1,4 @@
-"""Runs that are killed, run out of disk or meet a nan: nothing is lost, and --resume changes no bit."""
+"""Runs that are killed, stopped or meet a nan: nothing is lost, and --resume changes no bit."""
 
 import os
 import pickle
@@ -10,13 +10,13 @@ import time
 
 import pytest
 import torch
-from test_scripts import SCRIPTS, chain, run, same  # noqa: F401 (chain is a fixture)
+from tiny_runs import SCRIPTS, run, same
 
 import gpt
 import train_pretrain
 
 
-def prepare(chain, out, stage):  # noqa: F811
+def prepare(chain, out, stage):
     """A folder in which everything before a stage has run."""
     for name in ("pretrain", "sft", "rm"):
         if name != stage:
@@ -40,7 +40,7 @@ def in_a_child(work) -> int:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(chain, tmp_path, stage):  # noqa: F811
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(chain, tmp_path, stage):
     """Four times each: twice at a random moment, twice in the middle of a save."""
     prepare(chain, tmp_path, stage)
     folder, rng = tmp_path / stage, random.Random(stage)
@@ -91,10 +91,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(chain, tmp_
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_nan_in_a_gradient_stops_the_run_and_leaves_the_last_checkpoint(
-    chain,  # noqa: F811
-    tmp_path,
-    monkeypatch,
-    stage,
+    chain, tmp_path, monkeypatch, stage
 ):
     prepare(chain, tmp_path, stage)
     clip, calls = torch.nn.utils.clip_grad_norm_, []

@@ -1,0 +1,279 @@
+"""GPT-2's weights from folders in Hugging Face's form, and what is said of folders that are not."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import SCRIPTS, TINY
+
+import data.gpt2
+import train_pretrain
+from data.chat import encode_chat, encode_prompt
+from data.gpt2 import N_VOCAB, export, load_gpt2, read_safetensors, write_safetensors
+from data.tokenizer import GPT2Tokenizer, make_tokenizer
+from gpt import GPT, GPTConfig, ScalarModel, generate, load_model
+
+CONFIG = dict(model_type="gpt2", n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=N_VOCAB)
+
+
+def tensors():
+    """What a file of GPT-2 with two layers holds: matrices are (in, out) in it."""
+    torch.manual_seed(0)
+    C = 16
+    shapes = {"wte.weight": (N_VOCAB, C), "wpe.weight": (64, C)}
+    for layer in range(2):
+        block = f"h.{layer}"
+        shapes |= {f"{block}.ln_{i}.{what}": (C,) for i in (1, 2) for what in ("weight", "bias")}
+        shapes |= {f"{block}.attn.c_attn.weight": (C, 3 * C), f"{block}.attn.c_attn.bias": (3 * C,)}
+        shapes |= {f"{block}.attn.c_proj.weight": (C, C), f"{block}.attn.c_proj.bias": (C,)}
+        shapes |= {f"{block}.mlp.c_fc.weight": (C, 4 * C), f"{block}.mlp.c_fc.bias": (4 * C,)}
+        shapes |= {f"{block}.mlp.c_proj.weight": (4 * C, C), f"{block}.mlp.c_proj.bias": (C,)}
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    write_safetensors(folder / "model.safetensors", tensors())
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_matrices_are_turned_round_and_all_else_is_copied(folder):
+    model, checkpoint = load_gpt2(folder)
+    there = tensors()
+    for name, parameter in model.named_parameters():
+        if name == "wte.weight":
+            parameter = parameter[:N_VOCAB]
+        turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert torch.equal(parameter, there[name].T if turned else there[name]), name
+    assert checkpoint["tokenizer"] == {"kind": "gpt2"} and model.config.vocab_size == N_VOCAB + 4
+
+
+def test_chat_tokens_start_as_unlikely_as_any_other(folder, copy):
+    """Even where all logits of the file lie far below 0, as GPT-2's do."""
+    there = tensors()
+    there["wte.weight"] -= 3.0  # with the bias below, every logit falls by 3 x 16 x 2
+    there["ln_f.bias"] += 2.0
+    write_safetensors(copy / "model.safetensors", there)
+    model, _ = load_gpt2(copy)
+    logits = model(torch.arange(20)[None])[0, -1] @ model.head.T
+    assert logits[:N_VOCAB].max() < -50
+    assert logits.softmax(0)[N_VOCAB:].sum() < 0.01
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("shard", ["10GB", "1MB"])
+def test_logits_of_a_folder_are_those_of_transformers(tmp_path, safe, shard):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {name: CONFIG[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    if not safe:
+        weights = theirs.state_dict()
+        for file in tmp_path.glob("model*"):
+            file.unlink()
+        halves = list(weights)[::2], list(weights)[1::2]
+        if shard == "1MB":
+            where = {}
+            for i, names in enumerate(halves):
+                file = f"pytorch_model-{i}.bin"
+                torch.save({name: weights[name] for name in names}, tmp_path / file)
+                where |= dict.fromkeys(names, file)
+            index = json.dumps({"weight_map": where})
+            (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+        else:
+            torch.save(weights, tmp_path / "pytorch_model.bin")
+    files = len(list(tmp_path.glob("model*.safetensors")) + list(tmp_path.glob("*.bin")))
+    assert (files > 1) == (shard == "1MB")
+    ours, _ = load_model(tmp_path)
+    idx = torch.randint(N_VOCAB, (2, 40))
+    logits = ours(idx) @ ours.head.T
+    torch.testing.assert_close(logits[..., :N_VOCAB], theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="llama"), "config.json: model_type is 'llama', and only 'gpt2'"),
+        (dict(vocab_size=32000), "vocab_size is 32000, and only 50257"),
+        (dict(activation_function="gelu"), "activation_function is 'gelu', and only 'gelu_new'"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
+        (dict(n_inner=100), "n_inner is not 4 times n_embd"),
+        (dict(n_layer=3), "no h.2.attn.c_attn.bias, .* in its files"),
+        (dict(n_layer=1), "h.1.ln_1.weight is no tensor of GPT-2"),
+        (dict(n_embd=32), r"wte.weight is \(50257, 16\), and config.json asks for \(50257, 32\)"),
+    ],
+)
+def test_foreign_folder_is_named_with_what_is_foreign(copy, change, message):
+    (copy / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(SystemExit, match=message):
+        load_gpt2(copy)
+
+
+def test_damaged_or_incomplete_folder_is_named_with_what_is_missing(copy):
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-30])
+    with pytest.raises(SystemExit, match="model.safetensors: cut short in the middle of ln_f.bias"):
+        load_gpt2(copy)
+    weights.write_bytes(whole[:50])
+    with pytest.raises(SystemExit, match="model.safetensors: cut short, or no safetensors file"):
+        load_gpt2(copy)
+    weights.write_bytes((10).to_bytes(8, "little") + b"not a JSON")
+    with pytest.raises(SystemExit, match="model.safetensors: no safetensors file"):
+        load_gpt2(copy)
+    weights.unlink()
+    with pytest.raises(SystemExit, match="neither model.safetensors nor pytorch_model.bin"):
+        load_gpt2(copy)
+    (copy / "pytorch_model.bin").write_bytes(b"half a file")
+    with pytest.raises(SystemExit, match="pytorch_model.bin: cannot be read as a dict of tensors"):
+        load_gpt2(copy)
+    index = {"weight_map": {"wte.weight": "pytorch_model-1.bin"}}
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit, match="index.json names files that are not there: .*-1.bin"):
+        load_gpt2(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="config.json: not valid JSON"):
+        load_gpt2(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(SystemExit, match="cannot read .*config.json"):
+        load_gpt2(copy)
+
+
+def test_weights_are_mapped_and_not_read_into_memory(folder):
+    """A tensor of the file is a view of the file: it costs no memory until it is copied."""
+    mapped = read_safetensors(folder / "model.safetensors")
+    assert torch.equal(mapped["wte.weight"], tensors()["wte.weight"])
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(folder / "model.safetensors") in maps.read_text()
+
+
+def test_name_is_downloaded_once_and_a_failure_says_what_to_fetch(
+    folder, tmp_path, monkeypatch, capsys
+):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data.gpt2, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(data.gpt2, "URL", f"http://127.0.0.1:{server.server_port}/{{file}}")
+    model, _ = load_model("gpt2")
+    assert model.config.n_layer == 2
+    server.shutdown()
+    server.server_close()
+    load_model("gpt2")  # from the folder now
+    assert sorted(os.listdir(tmp_path / "gpt2")) == ["config.json", "model.safetensors"]
+    with pytest.raises(SystemExit, match="cannot download http.*put it into .*gpt2-medium"):
+        load_model("gpt2-medium")
+    assert not list((tmp_path / "gpt2-medium").iterdir())
+
+
+def gpt2_tokenizer_is_there() -> bool:
+    cache = Path(__file__).parent.parent.parent / "shared" / "data" / "tiktoken_cache"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and cache.exists():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+    try:
+        GPT2Tokenizer()
+    except SystemExit:
+        return False
+    return True
+
+
+def test_every_stage_runs_from_gpt2_on_files_of_your_own(folder, tmp_path):
+    if not gpt2_tokenizer_is_there():
+        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR")
+    (tmp_path / "book.txt").write_text("To be, or not to be, that is the question. " * 60)
+    rows = [
+        {"instruction": f"Say {i}.", "output": f"{i}!", "chosen": f"{i}!", "rejected": "No."}
+        for i in range(60)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    files = {"pretrain": "book.txt"} | dict.fromkeys(("sft", "rm", "ppo", "dpo"), "rows.json")
+    for stage, file in files.items():
+        options = {**TINY[stage], "data": str(tmp_path / file), "out": str(tmp_path / "out")}
+        for name in ("vocab_size", "documents", "n_layer", "n_head", "n_embd"):
+            options.pop(name, None)
+        options["init"] = str(folder)
+        if stage == "pretrain":
+            options["context"] = 32
+        script = SCRIPTS[stage]
+        assert script.main(script.Config(**options))
+        kind = ScalarModel if stage == "rm" else GPT
+        _, checkpoint = load_model(tmp_path / "out" / stage / "ckpt.pt", kind=kind)
+        assert checkpoint["tokenizer"] == {"kind": "gpt2"}
+    with pytest.raises(SystemExit, match="--context 96: .* has 64"):
+        book = str(tmp_path / "book.txt")
+        train_pretrain.main(train_pretrain.Config(init=str(folder), data=book, out=str(tmp_path)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Out
+
+TEXTS = ["Otto's lantern, 12-5 is 7.", "  two  spaces\n\tand a tab ", "Zürich 🙂", "<|end|>x_y"]
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "What is 4-2?"},
+    {"role": "assistant", "content": "4-2 is 2."},
+    {"role": "user", "content": "And 3-1?"},
+]
+
+
+def check_export(model, tokenizer, out):
+    """transformers computes the same logits, tokens, conversation and greedy reply."""
+    transformers = pytest.importorskip("transformers")
+    export(model, tokenizer, out)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    fast = transformers.AutoTokenizer.from_pretrained(out)
+    idx = torch.randint(model.config.vocab_size, (2, 20))
+    torch.testing.assert_close(model(idx) @ model.head.T, theirs(idx).logits, atol=1e-5, rtol=1e-5)
+    for text in TEXTS[:3]:
+        ids = tokenizer.encode(text)
+        assert fast(text, add_special_tokens=False)["input_ids"] == ids
+        assert fast.decode(ids) == text
+    prompt = fast.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert prompt == encode_prompt(tokenizer, CHAT)
+    assert fast.apply_chat_template(CHAT, return_dict=False) == encode_chat(tokenizer, CHAT)[0]
+    reply = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)[0].tolist()
+    ours, _ = generate(model, [prompt], 8, stop=tokenizer.end, temperature=0)
+    assert reply[len(prompt) :] == ours[0]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_exported_model_talks_the_same_in_transformers(tokenizer, tmp_path, kind):
+    if kind == "char":
+        tokenizer = make_tokenizer("char", TEXTS + [message["content"] for message in CHAT], 0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(tokenizer.n_vocab, context=96, n_layer=2, n_head=2, n_embd=16)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    check_export(model, tokenizer, tmp_path)
+
+
+@pytest.mark.reference
+def test_exported_gpt2_talks_the_same_in_transformers_and_comes_back(folder, tmp_path):
+    if not gpt2_tokenizer_is_there():
+        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR")
+    model, _ = load_gpt2(folder)
+    check_export(model, GPT2Tokenizer(), tmp_path)
+    again, _ = load_gpt2(tmp_path)
+    assert torch.equal(again.head, model.head)
+    assert torch.equal(again.h[1].mlp.c_fc.weight, model.h[1].mlp.c_fc.weight)
