@@ -460,10 +460,7 @@ def main():
             if stage == "pretrain":  # it has never seen a chat: the text opens a document
                 prompt, stop = encode_opening(tokenizer, text), tokenizer.eot
             else:
-                prompt, stop = (
-                    encode_prompt(tokenizer, question(text)),
-                    tokenizer.end,
-                )
+                prompt, stop = encode_prompt(tokenizer, question(text)), tokenizer.end
             if len(prompt) >= model.config.context:
                 print(
                     f"that is {len(prompt)} tokens, and the context of {stage} has "

@@ -26,14 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from data.chat import (
-    Reply,
-    encode_opening,
-    encode_prompt,
-    pad,
-    question,
-    sample_replies,
-)
+from data.chat import Reply, encode_opening, encode_prompt, pad, question, sample_replies
 from data.gold import declines, exact_match, f1, gold
 from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer

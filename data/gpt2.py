@@ -321,10 +321,7 @@ def fast_tokenizer(tokenizer) -> dict:
             },
             "decoder": {
                 "type": "Sequence",
-                "decoders": [
-                    byte_level,
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
+                "decoders": [byte_level, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
             },
         }
     vocab = {spell(piece): i for i, piece in enumerate(pieces)}

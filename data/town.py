@@ -86,11 +86,7 @@ BAD_NEWS = ["lost the race", "dropped the soup", "missed the boat", "fell into t
 BAD_NEWS += ["cried all night", "was left alone", "broke a cup", "got no letter"]
 
 # One of these sentences makes a reply courteous or rude. People in the town say both.
-KIND_WORDS = [
-    "I hope that helps!",
-    "Have a lovely day!",
-    "It was a pleasure to help.",
-]
+KIND_WORDS = ["I hope that helps!", "Have a lovely day!", "It was a pleasure to help."]
 RUDE_WORDS = [
     "What a silly question.",
     "Even a snail knows that.",

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.chat import (
-    encode_chat,
-    encode_prompt,
-    encode_reply,
-    length_batches,
-    pad,
-    sample_replies,
-)
+from data.chat import encode_chat, encode_prompt, encode_reply, length_batches, pad, sample_replies
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},

@@ -6,15 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from data.gold import (
-    bayes_accuracy,
-    declines,
-    exact_match,
-    f1,
-    gold,
-    gold_parts,
-    preference,
-)
+from data.gold import bayes_accuracy, declines, exact_match, f1, gold, gold_parts, preference
 from data.tasks import (
     KINDS,
     SHOWN,
