@@ -158,7 +158,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def k3(log_ratio):
     """Estimates of KL(p || q) from log p - log q of tokens that p sampled, any shape.
 
-    Unbiased like log_ratio itself (k1), and never negative, so less noisy (k3 in the same note).
+    Unbiased like log_ratio itself (k1), and never negative (k3 in the same note). Less noisy than k1
+    while p and q are close; later a token that p has made rare counts q / p, and the curve jumps.
     """
     return torch.expm1(-log_ratio) + log_ratio
 
