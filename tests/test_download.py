@@ -1,0 +1,194 @@
+"""Downloads from a server that misbehaves, and what becomes of the files. All on this machine."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import threading
+import time
+
+import pytest
+
+import data.download
+from data.download import SOURCES, File, fetch, get
+from data.files import read_conversations, read_preferences, read_prompts, read_text
+
+CONTENT = bytes(range(256)) * 2000
+HASH = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """GET /whole, /ranges, /cut, /stall, /moved or /pointer: what a server does with a request."""
+
+    asked = []
+
+    def do_GET(self):
+        kind, wanted = self.path[1:], self.headers.get("Range")
+        self.asked.append((kind, wanted))
+        if kind == "moved":
+            self.send_response(302)
+            self.send_header("Location", "/ranges")
+            return self.end_headers()
+        body, start = CONTENT, 0
+        if kind == "pointer":
+            body = b"version https://git-lfs.github.com/spec/v1\n"
+        if wanted and kind != "whole":
+            first, last = wanted.removeprefix("bytes=").split("-")
+            start, body = int(first), body[int(first) : int(last) + 1 if last else None]
+            if not body:
+                return self.send_error(416)
+        self.send_response(206 if wanted and kind != "whole" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if kind in ("cut", "stall") and start == 0:
+            self.wfile.write(body[:100_000])
+            if kind == "stall":
+                self.wfile.flush()
+                time.sleep(1.5)
+            return None
+        self.wfile.write(body)
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_whole_file_gets_its_name_and_is_not_fetched_again(server, tmp_path):
+    fetch(File(f"{server}/whole", HASH), tmp_path / "deep" / "file")
+    assert (tmp_path / "deep" / "file").read_bytes() == CONTENT
+    Handler.asked.clear()
+    fetch(File(f"{server}/whole", HASH), tmp_path / "deep" / "file")
+    assert not Handler.asked and len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_redirection_is_followed(server, tmp_path):
+    fetch(File(f"{server}/moved", HASH), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["cut", "stall"])
+def test_download_that_broke_off_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(data.download, "TIMEOUT", 0.5)
+    with pytest.raises(SystemExit, match=f"{kind}.*(timed out|connection ended after 100,000 of)"):
+        fetch(File(f"{server}/{kind}", HASH), tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    kept = (tmp_path / "file.part").stat().st_size
+    assert 0 < kept <= 100_000
+    fetch(File(f"{server}/{kind}", HASH), tmp_path / "file")
+    assert Handler.asked[-1] == (kind, f"bytes={kept}-")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_server_without_ranges_starts_again_from_the_beginning(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(b"an old part")
+    fetch(File(f"{server}/whole", HASH), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_part_that_is_already_whole_is_enough(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    fetch(File(f"{server}/ranges", HASH), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["ranges", "whole"])
+def test_first_megabytes_are_a_beginning_of_that_length(server, tmp_path, kind):
+    fetch(File(f"{server}/{kind}"), tmp_path / "file", megabytes=0.2)
+    assert (tmp_path / "file").read_bytes() == CONTENT[:200_000]
+
+
+def test_wrong_content_is_deleted_and_named(server, tmp_path):
+    with pytest.raises(SystemExit, match="whole: sha256 is .*, not 1234: it has changed"):
+        fetch(File(f"{server}/whole", "1234"), tmp_path / "file")
+    with pytest.raises(SystemExit, match="the server sent a pointer instead of the file"):
+        fetch(File(f"{server}/pointer"), tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_network_says_what_was_tried_and_where_to_put_the_file(tmp_path):
+    url = "http://127.0.0.1:9/file"  # nobody listens there
+    with pytest.raises(SystemExit, match=f"cannot download {url}.*by hand and save it as .*file"):
+        fetch(File(url), tmp_path / "file")
+
+
+def test_every_source_is_complete_and_unknown_names_are_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["download", "--list"])
+    data.download.main()
+    listed = capsys.readouterr().out
+    for name, source in SOURCES.items():
+        assert name in listed and source.licence in listed
+        assert source.files and "{folder}" in source.command
+    with pytest.raises(SystemExit, match="there is no 'c4'; there are tinyshakespeare, "):
+        get("c4", tmp_path)
+    with pytest.raises(SystemExit, match="--megabytes is for tinystories"):
+        get("dolly", tmp_path, megabytes=1)
+
+
+def lay(tmp_path, name, *contents):
+    """Put files where `get` looks for what it has downloaded already, and convert them."""
+    folder = tmp_path / name
+    folder.mkdir()
+    for file, content in zip(SOURCES[name].files, contents):
+        text = content if isinstance(content, str) else "\n".join(map(json.dumps, content))
+        path = folder / file.url.split("/")[-1]
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    get(name, tmp_path)
+    return folder
+
+
+def test_demonstrations_are_rows_for_sft(tmp_path):
+    row = {"instruction": "Add.", "context": "1 and 2", "response": "3", "category": "x"}
+    rows = read_conversations(
+        lay(tmp_path, "dolly", [row, {**row, "response": " "}]) / "rows.jsonl"
+    )
+    assert [m["content"] for m in rows[0]["messages"]] == ["Add.\n1 and 2", "3"] and len(rows) == 1
+    problem = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
+    folder = lay(tmp_path, "gsm8k", [problem], [problem, problem])
+    assert read_conversations(folder / "train.jsonl")[0]["messages"][1]["content"].endswith(
+        "#### 2"
+    )
+    assert len(read_prompts(folder / "test.jsonl")) == 2
+
+
+def test_documents_are_text_for_pretraining(tmp_path):
+    folder = lay(tmp_path, "tinystories", "One.<|endoftext|>Two.<|endoftext|>Thr")
+    assert read_text(folder / "stories.txt") == "One.<|endoftext|>Two."
+    folder = lay(tmp_path, "lambada", [{"text": "a b"}, {"text": "c d"}])
+    assert read_text(folder / "passages.txt") == "a b<|endoftext|>c d"
+
+
+def test_preferences_are_pairs_for_rm_and_dpo(tmp_path):
+    row = {"prompt": "Hi", "response_1": "one", "response_2": "two"}
+    rows = [{**row, "preference_strength": strength} for strength in (-2, 0, 3)]
+    pairs = read_preferences(lay(tmp_path, "helpsteer2", rows) / "pairs.jsonl")
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("one", "two"), ("two", "one")]
+    dialogue = "\n\nHuman: Hi\n\nAssistant: "
+    pair = {"chosen": dialogue + "Hello.", "rejected": dialogue + "No."}
+    folder = lay(tmp_path, "hh-rlhf", [pair], [pair])
+    assert read_preferences(folder / "train.jsonl.gz")[0]["chosen"] == "Hello."
+
+
+def test_trees_become_best_replies_and_pairs_of_neighbours_in_rank(tmp_path):
+    def reply(text, rank, *replies, **more):
+        return dict(role="assistant", text=text, rank=rank, replies=list(replies), **more)
+
+    follow_up = dict(role="prompter", text="Why?", replies=[reply("So.", 0)])
+    replies = [reply("worse", 1), reply("best", 0, follow_up), reply("worst", 2)]
+    replies += [reply("gone", 3, deleted=True), reply("unranked", None)]
+    tree = {"prompt": dict(role="prompter", text="Hi", lang="en", replies=replies)}
+    other = {"prompt": dict(role="prompter", text="Hallo", lang="de", replies=replies)}
+    folder = lay(tmp_path, "oasst1", [tree, other])
+    pairs = read_preferences(folder / "pairs.jsonl")
+    assert [(p["chosen"], p["rejected"]) for p in pairs] == [("best", "worse"), ("worse", "worst")]
+    rows = [
+        [m["content"] for m in row["messages"]] for row in read_conversations(folder / "rows.jsonl")
+    ]
+    assert rows == [["Hi", "best"], ["Hi", "best", "Why?", "So."]]
