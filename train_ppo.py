@@ -68,6 +68,7 @@ class Config:
     max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score
     no_end_score: float = -2.0  # score of a reply without end, in SD of SFT samples
     # reward
+    reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (final answers)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # nats per reply that beta is adapted to (0 = beta stays fixed)
     gamma: float = 1.0  # discount
@@ -158,8 +159,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def k3(log_ratio):
     """Estimates of KL(p || q) from log p - log q of tokens that p sampled, any shape.
 
-    Unbiased like log_ratio itself (k1), and never negative (k3 in the same note). Less noisy than k1
-    while p and q are close; later a token that p has made rare counts q / p, and the curve jumps.
+    Unbiased like log_ratio itself (k1), and never negative (k3 in the same note). Less noisy than
+    k1 while p and q are close; later a token that p has made rare counts q / p, and the curve jumps.
     """
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -235,13 +236,20 @@ def main(cfg: Config) -> dict:
     init, rm_path = cfg.init or f"{cfg.out}/sft/ckpt.pt", cfg.rm or f"{cfg.out}/rm/ckpt.pt"
     policy, checkpoint = load_model(init, device)
     ref, _ = load_model(init, device)
-    reward_model, rm_checkpoint = load_model(rm_path, device, ScalarModel)
-    critic, _ = load_model(rm_path, device, ScalarModel)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
-        raise SystemExit(f"{rm_path} has another tokenizer than {init}")
+    if cfg.reward == "rm":
+        reward_model, rm_checkpoint = load_model(rm_path, device, ScalarModel)
+        critic, _ = load_model(rm_path, device, ScalarModel)
+        if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
+            raise SystemExit(f"{rm_path} has another tokenizer than {init}")
+        reward_model.requires_grad_(False)
+    elif cfg.reward == ("exact" if cfg.data else "gold"):
+        critic = ScalarModel.from_gpt(policy).to(device)
+    else:
+        raise SystemExit(
+            f"--reward {cfg.reward}: there are rm, gold (without --data) and exact (with it)"
+        )
     ref.requires_grad_(False)
-    reward_model.requires_grad_(False)
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     optimizers = {
         "policy_optimizer": torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw),
@@ -261,11 +269,23 @@ def main(cfg: Config) -> dict:
     what = "the context minus max_new_tokens,"
     rows = keep_fitting(rows, [len(row["ids"]) for row in rows], room, what)
     test_rows = keep_fitting(test_rows, [len(row["ids"]) for row in test_rows], room, what)
+    for row in rows + test_rows:
+        if cfg.reward == "exact" and not row.get("answer"):
+            raise SystemExit(f"{row['where']}: --reward exact needs a reply to compare with")
 
-    def score(prompts, replies):
+    def score(rows, replies):
         """What the reward model says (B,), and the score PPO uses (B,): no end, no credit."""
-        sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
-        proxy = torch.from_numpy(score_sequences(reward_model, sequences, tokenizer.pad)).float()
+        pairs = list(zip(rows, replies))
+        if cfg.reward == "rm":
+            sequences = [row["ids"] + reply.ids for row, reply in pairs]
+            proxy = score_sequences(reward_model, sequences, tokenizer.pad)
+        elif cfg.reward == "gold":
+            proxy = [gold(row["task"], reply.text) for row, reply in pairs]
+        else:
+            proxy = [
+                final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs
+            ]
+        proxy = torch.tensor(np.asarray(proxy, dtype=np.float32))
         # Replaced, not reduced: if a long reply could earn more than the fine, it would.
         ended = torch.tensor([reply.ended for reply in replies])
         return proxy.to(device), torch.where(ended, proxy, cfg.no_end_score).to(device)
@@ -303,7 +323,7 @@ def main(cfg: Config) -> dict:
         tokens = pad(sequences, tokenizer.pad).to(device)  # (B, T)
         chosen = [[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)]
         mask = pad(chosen, 0).bool().to(device)  # (B, T - 1): the tokens[:, 1:] the policy chose
-        proxy, scores = score(prompts, replies)  # (B,)
+        proxy, scores = score(batch, replies)  # (B,)
 
         old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
         kl_exact = torch.zeros(len(batch), device=device)
@@ -396,14 +416,14 @@ def main(cfg: Config) -> dict:
         )
         kl_coefficient.update(kl.mean().item(), len(batch))
         n = sum(ends)
-        smaller = reward_model.config.n_layer / policy.config.n_layer
+        smaller = critic.config.n_layer / policy.config.n_layer  # so is the reward model
         # sampling, old, ref, exact KL (2); reward, value; then forward 1 + backward 2 for each
         run.forwards += n * (5 + 2 * smaller + cfg.epochs * 3 * (1 + smaller))
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
             prompts = [row["ids"] for row in test_rows]
             replies = sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, 0, 0.0)
-            proxy, _ = score(prompts, replies)
+            proxy, _ = score(test_rows, replies)
             greedy = {"proxy": proxy.mean().item(), **mean_gold(test_rows, replies)}
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
             names = [
@@ -430,6 +450,11 @@ def main(cfg: Config) -> dict:
     print(samples)
     run.finish(policy, samples)
     return run.rows[-1]
+
+
+def final_answer(text: str) -> str:
+    """What follows the last "####" (as in GSM8K), or all of it; 1,000 and $1000. are 1000."""
+    return text.split("####")[-1].strip().replace(",", "").strip("$. ")
 
 
 def town_rows(tasks) -> list[dict]:

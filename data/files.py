@@ -179,7 +179,7 @@ def read_preferences(path: str | Path) -> list[dict]:
 
 
 def read_prompts(path: str | Path) -> list[dict]:
-    """Rows for PPO: {"messages", "where"}, ending with the user."""
+    """Rows for PPO: {"messages", "where"}, ending with the user; "answer" if there is a reply."""
     rows = []
     for row in read_rows(path):
         if "chosen" in row and not row.keys() & {"messages", "instruction", "prompt"}:
@@ -187,6 +187,10 @@ def read_prompts(path: str | Path) -> list[dict]:
         else:
             messages = prompt_messages(row)
         rows.append({"messages": messages, "where": row["where"]})
+        if "messages" in row and row["messages"][-1]["role"] == "assistant":
+            rows[-1]["answer"] = row["messages"][-1]["content"]
+        for name in row.keys() & {"output", "response"}:
+            rows[-1]["answer"] = field(row, name)
     return rows
 
 

@@ -9,6 +9,7 @@ from gpt import generate
 from train_ppo import (
     KLCoefficient,
     exact_kl,
+    final_answer,
     gae,
     k3,
     masked_mean,
@@ -190,6 +191,14 @@ def test_k1_and_k3_have_the_exact_kl_as_their_mean():
     assert (k3(log_ratio) >= 0).all()
     upside_down = k3(-log_ratio)  # a common mistake: the ratio the wrong way round
     assert abs((logp.exp() * upside_down).sum() - exact) > 0.05
+
+
+@pytest.mark.parametrize(
+    "text", ["10", "48/2=24, 24+48=72\n#### 10", " $10. ", "#### 10", "no #### 7 but #### 10"]
+)
+def test_final_answer_is_what_follows_the_last_mark_without_its_dress(text):
+    assert final_answer(text) == "10"
+    assert final_answer("#### 1,000") == "1000"
 
 
 def test_beta_stays_fixed_or_follows_its_target():

@@ -162,6 +162,22 @@ def test_scores_of_sft_samples_have_mean_0_and_sd_1(chain):
     assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
 
 
+def test_ppo_takes_a_reward_that_needs_no_reward_model(chain, tmp_path):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    last = run("ppo", tmp_path, reward="gold", no_end_score=0.0)
+    assert last["objective"] == pytest.approx(-last["beta"] * last["kl"], abs=0.05)
+    rows = [{"prompt": f"Say {i}.", "response": f"#### {i}"} for i in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    last = run("ppo", tmp_path, reward="exact", data=str(tmp_path / "rows.json"))
+    assert last["proxy"] == 0 and "gold" not in last  # the tiny model is never right
+    for reward, data_file in (("gold", "rows.json"), ("exact", ""), ("best", "")):
+        with pytest.raises(SystemExit, match=f"--reward {reward}: there are rm, gold"):
+            run("ppo", tmp_path, reward=reward, data=data_file and str(tmp_path / data_file))
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "Hi"}] * 20))
+    with pytest.raises(SystemExit, match="prompts.json:1: --reward exact needs a reply"):
+        run("ppo", tmp_path, reward="exact", data=str(tmp_path / "prompts.json"))
+
+
 @pytest.mark.parametrize("loss", ["cdpo", "ipo", "simpo"])
 def test_every_variant_of_dpo_trains(chain, tmp_path, loss):
     shutil.copytree(chain / "sft", tmp_path / "sft")
