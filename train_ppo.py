@@ -160,7 +160,8 @@ def k3(log_ratio):
     """Estimates of KL(p || q) from log p - log q of tokens that p sampled, any shape.
 
     Unbiased like log_ratio itself (k1), and never negative (k3 in the same note). Less noisy than
-    k1 while p and q are close; later a token that p has made rare counts q / p, and the curve jumps.
+    k1 while p and q are close; later one token that p has made rare counts q / p, and the mean
+    jumps.
     """
     return torch.expm1(-log_ratio) + log_ratio
 
