@@ -11,7 +11,8 @@
 
     trained  policy (from SFT), critic (from the reward model)
     frozen   reference (the SFT model), reward model
-    reads    out/sft/ckpt.pt, out/rm/ckpt.pt, prompts of the town (or --data rows.jsonl)
+    reads    out/sft/ckpt.pt, out/rm/ckpt.pt, prompts of the town (or --data rows.jsonl);
+             under --reward gold or exact, no reward model
     writes   out/ppo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_ppo.py
     expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 2.1 nats per reply
@@ -275,7 +276,7 @@ def main(cfg: Config) -> dict:
             raise SystemExit(f"{row['where']}: --reward exact needs a reply to compare with")
 
     def score(rows, replies):
-        """What the reward model says (B,), and the score PPO uses (B,): no end, no credit."""
+        """The reward of replies (B,), and the score that PPO uses (B,): no end, no credit."""
         pairs = list(zip(rows, replies))
         if cfg.reward == "rm":
             sequences = [row["ids"] + reply.ids for row, reply in pairs]

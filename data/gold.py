@@ -1,6 +1,7 @@
 """The gold reward: what a reply is truly worth, and the annotators who know it only roughly.
 
-No training loss ever sees the gold reward. It stands in for the people whom an assistant should
+No training loss sees the gold reward (but under `train_ppo.py --reward gold`, which shows what PPO
+could do if the reward model made no mistakes). It stands in for the people whom an assistant should
 serve: annotators compare replies by it, with noise; the reward model sees only their comparisons;
 PPO and DPO see only the reward model or the comparisons; evaluation asks gold again.
 
