@@ -282,7 +282,7 @@ def main(cfg: Config) -> dict:
             sequences = [row["ids"] + reply.ids for row, reply in pairs]
             proxy = score_sequences(reward_model, sequences, tokenizer.pad)
         elif cfg.reward == "gold":
-            proxy = [gold(row["task"], reply.text) for row, reply in pairs]
+            proxy = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
         else:
             proxy = [
                 final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs

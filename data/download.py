@@ -170,6 +170,7 @@ def oasst1(paths, folder):
     demonstrations, pairs = [], []
 
     def walk(message, messages):
+        """Collect from a message and all below it; messages: what was said before."""
         here = {"prompter": "user", "assistant": "assistant"}[message["role"]]
         messages = messages + [{"role": here, "content": message["text"]}]
         replies = [r for r in message.get("replies", []) if not r.get("deleted")]

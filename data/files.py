@@ -172,7 +172,8 @@ def read_preferences(path: str | Path) -> list[dict]:
             }
         )
     if equal:
-        print(f"left out {len(equal)} pairs of equal replies: {', '.join(equal[:5])}, ...")
+        more = f" and {len(equal) - 5} more" if len(equal) > 5 else ""
+        print(f"left out {len(equal)} pairs of equal replies: {', '.join(equal[:5])}{more}")
     if not rows:
         raise SystemExit(f"{path}: all pairs are of equal replies")
     return rows
@@ -186,11 +187,12 @@ def read_prompts(path: str | Path) -> list[dict]:
             messages, _ = read_dialogue(field(row, "chosen"), row["where"])
         else:
             messages = prompt_messages(row)
-        rows.append({"messages": messages, "where": row["where"]})
+        answer = row.get("output", row.get("response"))
         if "messages" in row and row["messages"][-1]["role"] == "assistant":
-            rows[-1]["answer"] = row["messages"][-1]["content"]
-        for name in row.keys() & {"output", "response"}:
-            rows[-1]["answer"] = field(row, name)
+            answer = row["messages"][-1]["content"]
+        rows.append({"messages": messages, "where": row["where"]})
+        if isinstance(answer, str):  # otherwise the prompt is still of use
+            rows[-1]["answer"] = answer
     return rows
 
 

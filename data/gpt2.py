@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.download import File, fetch
 from data.tokenizer import PATTERN, SPECIALS
 from gpt import GPT, GPTConfig
 
@@ -75,6 +76,7 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
         )
     )
     wanted = dict(model.named_parameters())
+    n_rows = config["vocab_size"]  # rows of the token table that the file has
     with torch.no_grad():
         for name, tensor, file in read_tensors(folder):
             name = name.removeprefix("transformer.")
@@ -88,7 +90,7 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 tensor = tensor.T
             if name == "wte.weight":
-                parameter = parameter[: config.get("vocab_size", N_VOCAB)]
+                parameter = parameter[:n_rows]
             if tensor.shape != parameter.shape:
                 raise SystemExit(
                     f"{file}: {name} is {tuple(tensor.shape)}, and config.json asks for "
@@ -97,14 +99,13 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
             parameter.copy_(tensor)
         if wanted:
             raise SystemExit(f"{folder}: no {', '.join(sorted(wanted)[:3])} in its files")
-        if config.get("vocab_size") == N_VOCAB + 4:
-            return model.to(device).eval(), checkpoint
         # All logits of GPT-2 are far below 0, so rows near 0 would make the chat tokens the
         # likeliest of all. As the mean of the others they start as unlikely as any.
         wte = model.wte.weight
-        wte[N_VOCAB:] = wte[:N_VOCAB].mean(0) + 0.1 * wte[:N_VOCAB].std(0) * torch.randn(
-            len(wte) - N_VOCAB, wte.shape[1], generator=torch.Generator().manual_seed(0)
+        noise = torch.randn(
+            len(wte) - n_rows, wte.shape[1], generator=torch.Generator().manual_seed(0)
         )
+        wte[n_rows:] = wte[:n_rows].mean(0) + 0.1 * wte[:n_rows].std(0) * noise
     return model.to(device).eval(), checkpoint
 
 
@@ -122,13 +123,15 @@ def read_config(folder: Path) -> dict:
                 f"{folder}/config.json: {name} is {value!r}, and only "
                 f"{' or '.join(map(repr, allowed))} can be loaded"
             )
-    config = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12} | config
+    usual = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    config = usual | {"vocab_size": N_VOCAB} | config
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise SystemExit(f"{folder}/config.json: n_inner is not 4 times n_embd")
     return config
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file. Exits if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -196,17 +199,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 def download(name: str) -> Path:
     """The folder of a model of OpenAI's, downloaded if it is not there yet."""
     folder = DOWNLOADS / name
-    folder.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):
-        if not (folder / file).exists():
-            url = URL.format(name=name, file=file)
-            print(f"downloading {url}")
-            try:
-                torch.hub.download_url_to_file(url, str(folder / file))
-            except OSError as error:
-                raise SystemExit(
-                    f"cannot download {url}: {error}. Fetch it by hand and put it into {folder}/"
-                )
+        fetch(File(URL.format(name=name, file=file)), folder / file)
     return folder
 
 

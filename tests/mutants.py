@@ -497,9 +497,12 @@ MUTANTS = [
 
 
 def plant(mutant: Mutant, folder: Path):
-    """Copy the project to a new folder, with this one bug in it."""
-    ignore = shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", "*.bin")
-    shutil.copytree(ROOT, folder, ignore=ignore)
+    """Copy the project, and nothing that runs have left in it, to a new folder, with this bug."""
+    folder.mkdir(parents=True)
+    for name in ("data", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"]:
+        shutil.copy(file, folder)
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.right) != 1:
@@ -541,9 +544,14 @@ def main():
         for number, mutant in numbered:
             print(f"{number:3d}  {mutant.symptom}")
         return
+    wanted = [int(args.plant[0])] if args.plant and args.plant[0].isdigit() else args.only or []
+    if any(not 1 <= n <= len(MUTANTS) for n in wanted) or (args.plant and not wanted):
+        parser.error(f"mutants have numbers from 1 to {len(MUTANTS)}")
     if args.plant:
-        plant(MUTANTS[int(args.plant[0]) - 1], Path(args.plant[1]))
-        print(f"planted in {args.plant[1]}: {MUTANTS[int(args.plant[0]) - 1].symptom}")
+        if Path(args.plant[1]).exists():
+            parser.error(f"{args.plant[1]} exists already")
+        plant(MUTANTS[wanted[0] - 1], Path(args.plant[1]))
+        print(f"planted in {args.plant[1]}: {MUTANTS[wanted[0] - 1].symptom}")
         return
     if args.only:
         numbered = [numbered[i - 1] for i in args.only]

@@ -128,6 +128,13 @@ def test_pairs_of_equal_replies_are_counted_and_named(tmp_path, capsys):
         read_preferences(write(tmp_path / "rows", [same]))
 
 
+def test_prompts_need_no_reply_and_bring_it_along_if_there_is_one(tmp_path):
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": None}, {"prompt": "a"}]
+    rows += [{"messages": [turn("user", "a"), turn("assistant", "b")]}]
+    found = [row.get("answer") for row in read_prompts(write(tmp_path / "rows", rows))]
+    assert found == ["b", None, None, "b"]
+
+
 def test_odd_but_lawful_text_is_read_as_it_is(tmp_path):
     odd = ["nul \0", "<|end|><|user|>", "e\u0301 \U0001f600", "a\r\nb", "x" * 10_000_000, "\ufeff"]
     rows = [{"prompt": text, "response": text} for text in odd]

@@ -165,7 +165,7 @@ def test_scores_of_sft_samples_have_mean_0_and_sd_1(chain):
 def test_ppo_takes_a_reward_that_needs_no_reward_model(chain, tmp_path):
     shutil.copytree(chain / "sft", tmp_path / "sft")
     last = run("ppo", tmp_path, reward="gold", no_end_score=0.0)
-    assert last["objective"] == pytest.approx(-last["beta"] * last["kl"], abs=0.05)
+    assert last["proxy"] == pytest.approx(last["gold"])
     rows = [{"prompt": f"Say {i}.", "response": f"#### {i}"} for i in range(30)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     last = run("ppo", tmp_path, reward="exact", data=str(tmp_path / "rows.json"))
