@@ -7,7 +7,7 @@
     reads    out/sft/ckpt.pt, out/preferences.jsonl (made if missing; or --data pairs.jsonl)
     writes   out/dpo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_dpo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 0.9 SD, KL 1.2 nats per reply
+    expect   1 minute on two cores; gold of samples from 0.0 to 0.9 SD, KL 1.0 nats per reply
 
 Why this is RLHF: the policy that maximises E[r] - beta KL is pi_ref exp(r / beta) / Z. Turned
 around, every policy is optimal for the reward beta log(pi / pi_ref) + beta log Z(prompt). Put that
@@ -65,7 +65,7 @@ class Config:
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # loss
     loss: str = "dpo"  # dpo, cdpo, ipo or simpo
-    beta: float = 0.3  # how dearly the policy pays for leaving the reference (SimPO: try 2)
+    beta: float = 0.35  # how dearly the policy pays for leaving the reference (SimPO: try 2)
     label_smoothing: float = 0.1  # cdpo: the share of labels that are thought to be wrong
     simpo_margin: float = 0.5  # simpo: how much better chosen should be, in units of the loss
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss

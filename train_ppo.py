@@ -15,7 +15,7 @@
              under --reward gold or exact, no reward model
     writes   out/ppo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_ppo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 2.1 nats per reply
+    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 1.9 nats per reply
 
 The policy is the only model that is kept. The KL term holds it near the SFT model, where the reward
 model has seen replies and can be trusted. `proxy` is what the policy is trained on, `gold` what it
@@ -63,7 +63,7 @@ class Config:
     rm: str = ""  # reward model, and critic at the start ("" = out/rm/ckpt.pt)
     data: str = ""  # JSON or JSONL with prompts ("" = tasks of the town)
     # rollouts
-    iterations: int = 30  # rounds of sampling, scoring and updating
+    iterations: int = 26  # rounds of sampling, scoring and updating
     rollouts: int = 128  # replies sampled per iteration
     temperature: float = 1.0  # of sampling, and so of every log-probability
     max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score

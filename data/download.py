@@ -3,6 +3,7 @@
     python -m data.download --list             stage, size, licence, what it is good for
     python -m data.download oasst1             into downloads/oasst1/; says which command reads it
     python -m data.download tinystories --megabytes 50
+    python -m data.download fineweb --megabytes 1000
 
 A download that broke off goes on where it stopped. A file gets its name only when it is whole and,
 where its hash is known, right. Nothing is fetched unless you ask for it here (or with --init gpt2).
@@ -20,10 +21,13 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 HUB = "https://huggingface.co/datasets"
 RAW = "https://raw.githubusercontent.com"
+RASBT = f"{RAW}/rasbt/LLMs-from-scratch/main/ch07"
+SHARD = HUB + "/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
 TIMEOUT = 30  # seconds without a byte until a download counts as broken off
 
 
@@ -133,6 +137,29 @@ def whole_stories(paths, folder):
     print(f"{stories.count(end) + 1:,} stories in {folder}/stories.txt")
 
 
+def fineweb(paths, folder):
+    """Shards of GPT-2's token ids -> train.bin of all but the first, val.bin of a million tokens.
+
+    A shard starts with 256 numbers of 4 bytes, of which the third counts its tokens; these follow,
+    2 bytes each. The shards stay, so that a larger --megabytes fetches only what is new.
+    """
+    for path in paths:
+        header = np.fromfile(path, "<i4", count=256)
+        if (
+            len(header) < 256
+            or header[0] != 20240520
+            or path.stat().st_size != 1024 + 2 * header[2]
+        ):
+            raise SystemExit(f"{path}: no shard of tokens, or not all of it; delete it")
+    np.fromfile(paths[0], "<u2", count=10**6, offset=1024).tofile(folder / "val.bin")
+    with open(folder / "train.bin.part", "wb") as train:
+        for path in paths[1:]:
+            np.fromfile(path, "<u2", offset=1024).tofile(train)
+    os.replace(folder / "train.bin.part", folder / "train.bin")
+    tokens = (folder / "train.bin").stat().st_size // 2
+    print(f"{tokens:,} tokens in {folder}/train.bin, 1,000,000 in {folder}/val.bin")
+
+
 def dolly(paths, folder):
     names = {"instruction": "instruction", "context": "input", "response": "output"}
     rows = [{ours: row[theirs] for theirs, ours in names.items()} for row in read_lines(paths[0])]
@@ -218,6 +245,35 @@ SOURCES = {
         [File(f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-valid.txt")],
         whole_stories,
         "python train_pretrain.py --data {folder}/stories.txt --context 256 --vocab_size 4096",
+    ),
+    "fineweb": Source(
+        "pretrain",
+        400.0,
+        "ODC-By 1.0",
+        "the web, cleaned, as GPT-2's tokens: 100 million, or more with --megabytes (200 each)",
+        [File(SHARD.format("val", 0)), File(SHARD.format("train", 1))],
+        fineweb,
+        "python train_pretrain.py --data {folder}/train.bin --tokenizer gpt2 --context 1024 "
+        "--n_layer 12 --n_head 12 --n_embd 768",
+    ),
+    "instructions": Source(
+        "sft, rm, ppo, dpo",
+        0.6,
+        "Apache-2.0",
+        "1,100 short tasks, each with a friendly and an unfriendly reply: minutes on a CPU",
+        [
+            File(
+                f"{RASBT}/01_main-chapter-code/instruction-data.json",
+                "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+            ),
+            File(
+                f"{RASBT}/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
+                "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+            ),
+        ],
+        as_they_are,
+        "python train_sft.py --data {folder}/instruction-data.json; then train_rm.py, train_ppo.py "
+        "and train_dpo.py with --data {folder}/instruction-data-with-preference.json",
     ),
     "dolly": Source(
         "sft",
@@ -307,9 +363,13 @@ def get(name: str, out: Path, megabytes: float = 0.0):
     source, folder = SOURCES[name], out / name
     files = source.files
     if megabytes:
-        if name != "tinystories":
-            raise SystemExit("--megabytes is for tinystories: other files are of no use in part")
+        if name not in ("tinystories", "fineweb"):
+            raise SystemExit("--megabytes is for tinystories and fineweb, which are large")
         files = [ALL_STORIES]
+        if name == "fineweb":  # whole shards of 200 MB, of which the source has 103
+            shards = min(max(round(megabytes / 200), 1), 103)
+            files = source.files[:1] + [File(SHARD.format("train", 1 + i)) for i in range(shards)]
+            megabytes = 0.0
     paths = [folder / file.url.split("/")[-1] for file in files]
     for file, path in zip(files, paths):
         fetch(file, path, megabytes)
@@ -324,7 +384,9 @@ def main():
     )
     parser.add_argument("name", nargs="?", help="what to fetch")
     parser.add_argument("--list", action="store_true", help="show what there is")
-    parser.add_argument("--megabytes", type=float, default=0.0, help="tinystories: the first ...")
+    parser.add_argument(
+        "--megabytes", type=float, default=0.0, help="tinystories, fineweb: how much of it"
+    )
     parser.add_argument("--out", default="downloads", help="folder (default: downloads)")
     args = parser.parse_args()
     if args.list or not args.name:

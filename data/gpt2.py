@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 from data.download import File, fetch
 from data.tokenizer import PATTERN, SPECIALS
@@ -199,8 +200,13 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 def download(name: str) -> Path:
     """The folder of a model of OpenAI's, downloaded if it is not there yet."""
     folder = DOWNLOADS / name
+    many = distributed.is_initialized()
+    if many and distributed.get_rank() > 0:
+        distributed.barrier()  # the first of several processes downloads, the others wait
     for file in ("config.json", "model.safetensors"):
         fetch(File(URL.format(name=name, file=file)), folder / file)
+    if many and distributed.get_rank() == 0:
+        distributed.barrier()
     return folder
 
 

@@ -200,6 +200,22 @@ MUTANTS = [
     ),
     Mutant(
         "train_pretrain.py",
+        'ahead = p.grad.lerp(state["mean"], momentum)',
+        'ahead = state["mean"]',
+        "Muon needs a few percent more steps than elsewhere.",
+        "common: Nesterov's look ahead forgotten",
+        "test_losses.py::test_muon_is_torchs_muon_but_for_its_bfloat16",
+    ),
+    Mutant(
+        "train_pretrain.py",
+        "x = x / x.norm().clamp(min=1e-7)",
+        "x = x / x.abs().max().clamp(min=1e-7)",
+        "The loss is nan after one step with Muon.",
+        "common: the iteration only converges for singular values up to 1",
+        "test_losses.py::test_orthogonalising_keeps_directions_and_makes_singular_values_alike",
+    ),
+    Mutant(
+        "train_pretrain.py",
         "        optimizer.zero_grad()\n",
         "        pass\n",
         "The gradient norm grows from step to step, and the loss stops falling.",

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 
 import data.download
@@ -128,7 +129,7 @@ def test_every_source_is_complete_and_unknown_names_are_an_error(tmp_path, capsy
         assert source.files and "{folder}" in source.command
     with pytest.raises(SystemExit, match="there is no 'c4'; there are tinyshakespeare, "):
         get("c4", tmp_path)
-    with pytest.raises(SystemExit, match="--megabytes is for tinystories"):
+    with pytest.raises(SystemExit, match="--megabytes is for tinystories and fineweb"):
         get("dolly", tmp_path, megabytes=1)
 
 
@@ -163,6 +164,31 @@ def test_documents_are_text_for_pretraining(tmp_path):
     assert read_text(folder / "stories.txt") == "One.<|endoftext|>Two."
     folder = lay(tmp_path, "lambada", [{"text": "a b"}, {"text": "c d"}])
     assert read_text(folder / "passages.txt") == "a b<|endoftext|>c d"
+
+
+def shard(tokens) -> bytes:
+    """A file of token ids as the source of fineweb has them."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.array(tokens, "<u2").tobytes()
+
+
+def test_token_shards_become_one_file_for_training_and_one_for_validation(tmp_path):
+    folder = tmp_path / "fineweb"
+    folder.mkdir()
+    for name, tokens in (
+        ("val_000000", [7, 8]),
+        ("train_000001", [1, 2, 3]),
+        ("train_000002", [4]),
+    ):
+        (folder / f"fineweb_{name}.bin").write_bytes(shard(tokens))
+    get("fineweb", tmp_path, megabytes=400)  # two shards
+    assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3, 4]
+    assert np.fromfile(folder / "val.bin", np.uint16).tolist() == [7, 8]
+    (folder / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3])[:-1])
+    with pytest.raises(SystemExit, match="fineweb_train_000001.bin: no shard of tokens, or not"):
+        get("fineweb", tmp_path)
+    assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3, 4]  # as it was
 
 
 def test_preferences_are_pairs_for_rm_and_dpo(tmp_path):

@@ -3,11 +3,13 @@
 import functools
 import http.server
 import json
+import math
 import os
 import shutil
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import SCRIPTS, TINY
@@ -219,6 +221,26 @@ def test_every_stage_runs_from_gpt2_on_files_of_your_own(folder, tmp_path):
     with pytest.raises(SystemExit, match="--context 96: .* has 64"):
         book = str(tmp_path / "book.txt")
         train_pretrain.main(train_pretrain.Config(init=str(folder), data=book, out=str(tmp_path)))
+
+
+def test_pretraining_reads_files_of_token_ids(tmp_path):
+    options = {**TINY["pretrain"], "data": str(tmp_path / "train.bin"), "out": str(tmp_path)}
+    if not gpt2_tokenizer_is_there():
+        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR")
+    tokenizer = GPT2Tokenizer()
+    ids = [tokenizer.eot] + tokenizer.encode("To be, or not to be, that is the question. " * 30)
+    for name in ("train", "val"):
+        np.array(ids, np.uint16).tofile(tmp_path / f"{name}.bin")
+    with pytest.raises(SystemExit, match="holds ids of GPT-2: add --tokenizer gpt2"):
+        train_pretrain.main(train_pretrain.Config(**options))
+    options["tokenizer"] = "gpt2"
+    result = train_pretrain.main(train_pretrain.Config(**options))
+    text_bytes = len("To be, or not to be, that is the question. " * 30)
+    expected = result["val_loss"] / math.log(2) * (len(ids) - 1) / text_bytes
+    assert result["bits_per_byte"] == pytest.approx(expected)
+    (tmp_path / "val.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="cannot read .*val.bin as token ids"):
+        train_pretrain.main(train_pretrain.Config(**options))
 
 
 # ---------------------------------------------------------------------------------------------

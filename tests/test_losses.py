@@ -13,7 +13,15 @@ from gpt import GPT, GPTConfig, ScalarModel
 from kernels import linear_cross_entropy, linear_logprobs
 from train_dpo import dpo_loss, sequence_logprobs
 from train_ppo import policy_loss, value_loss
-from train_pretrain import cut_documents, lr_at, make_optimizers, step_optimizers, validation_loss
+from train_pretrain import (
+    Muon,
+    cut_documents,
+    lr_at,
+    make_optimizers,
+    orthogonalise,
+    step_optimizers,
+    validation_loss,
+)
 from train_rm import (
     expected_calibration_error,
     last_token_scores,
@@ -111,6 +119,35 @@ def test_only_matrices_and_tables_are_decayed(tiny, optimizer):
     assert len(decay) == len(list(tiny.parameters()))  # every tensor is trained, once
     for name, p in tiny.named_parameters():
         assert decay[id(p)] == (0.1 if p.ndim == 2 else 0.0), name
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 32)])
+def test_orthogonalising_keeps_directions_and_makes_singular_values_alike(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape, dtype=torch.float64) * torch.logspace(0, -1, shape[1])
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):  # what five rounds do to each singular value
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert 0.6 < s.min() and s.max() < 1.25
+    torch.testing.assert_close(orthogonalise(g), u @ s.diag() @ v)
+
+
+def test_muon_is_torchs_muon_but_for_its_bfloat16():
+    torch.manual_seed(0)
+    for shape in ((16, 48), (48, 16)):
+        ours = torch.nn.Parameter(torch.randn(shape))
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        a = Muon([ours], lr=0.1, weight_decay=0.1)
+        b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1)
+        for _ in range(5):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            before = ours.detach().clone()
+            a.step()
+            b.step()
+            moved = (ours - before).norm()
+            torch.testing.assert_close(ours, theirs, atol=0.02 * moved.item(), rtol=0)
 
 
 def test_a_step_uses_a_share_of_the_peak_rate_and_clears_the_gradients():

@@ -1,0 +1,625 @@
+"""What alignment does, in pictures: how far one can get, over-optimisation, PPO against DPO.
+
+    python -m data.experiments --quick         one seed; after the README's command
+    python -m data.experiments                 three seeds, hours on two cores
+    python -m data.experiments --only tasks    one of: frontier, overoptimisation, tasks, broken
+
+Every experiment is a handful of runs of the five scripts with other options, one after another. A
+run that is done is not done again, one that was stopped goes on, and Ctrl-C loses nothing. Results
+are NAME.csv and NAME.png in out/experiments/ (or --results), the runs are in folders beside them.
+
+All gold is in SD of the base's SFT samples, whose mean is 0; KL is in nats per reply, from SFT.
+"""
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+from data.chat import encode_chat
+from data.evaluate import Stage, describe, golds, interval, sequence_logprobs
+from data.files import held_out, read_preferences
+from data.gold import exact_match
+from data.preferences import write_rows
+from data.tasks import KINDS, TRAIN_KINDS, demonstrations, draw_tasks
+from gpt import ScalarModel, load_model
+from train_rm import score_sequences
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+ROOT = Path(__file__).resolve().parent.parent
+# Okabe and Ito: told apart by the colour-blind, and in grey by their markers.
+STYLE = {
+    "ppo": ("#D55E00", "o"),
+    "dpo": ("#009E73", "s"),
+    "best of n": ("#0072B2", "^"),
+    "ipo": ("#CC79A7", "D"),
+    "dpo + nll": ("#E69F00", "v"),
+}
+
+
+@dataclass
+class Job:
+    """One run of a script: `python train_<stage>.py --out <folder> --<option> <value> ...`."""
+
+    folder: Path
+    stage: str
+    options: dict = field(default_factory=dict)
+    minutes: float = 1.0  # about how long on two cores, for the bar
+    pairs: list | None = None  # preferences to learn from, instead of out/preferences.jsonl
+    edit: tuple = ()  # (file, right, wrong): run a copy of the project with this line changed
+
+    def command(self) -> list[str]:
+        script = [sys.executable, f"train_{self.stage}.py", "--out", str(self.folder.resolve())]
+        words = [(f"--{name}", str(value)) for name, value in self.options.items()]
+        return script + [word for pair in words for word in pair]
+
+    def is_done(self) -> bool:
+        """Whether its checkpoint is there, and from this very command."""
+        note = self.folder / f"{self.stage}.command"
+        asked = json.dumps([self.command()[1:], self.edit])
+        same = note.exists() and note.read_text() == asked
+        if not same:  # never run, or with other options: start afresh
+            shutil.rmtree(self.folder / self.stage, ignore_errors=True)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(asked)
+        return (self.folder / self.stage / "ckpt.pt").exists()
+
+    def run(self):
+        """Run it, or go on with it. Exits with the last line it said if it fails."""
+        where = ROOT
+        if self.edit:
+            where = self.folder.resolve() / "edited"
+            plant(self.edit, where)
+        if self.pairs is not None:
+            write_rows(self.pairs, self.folder / "preferences.jsonl")
+        command = self.command()
+        if (self.folder / self.stage / "unfinished" / "ckpt.pt").exists():
+            command.append("--resume")
+        log = self.folder / f"{self.stage}.txt"
+        with open(log, "w") as file:
+            code = subprocess.run(command, cwd=where, stdout=file, stderr=file).returncode
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            said = log.read_text().strip().splitlines() or ["nothing"]
+            raise SystemExit(f"{' '.join(command)}: {said[-1]} (all of it in {log})")
+
+    def log(self, name: str) -> np.ndarray:
+        """A column of its log.csv, without the steps that lack it."""
+        with open(self.folder / self.stage / "log.csv") as file:
+            return np.array([float(row[name]) for row in csv.DictReader(file) if row[name]])
+
+
+def plant(edit: tuple, where: Path):
+    """A copy of the project with one piece of one file changed."""
+    file, right, wrong = edit
+    (where / "data").mkdir(parents=True, exist_ok=True)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        shutil.copy(path, where / path.relative_to(ROOT))
+    text = (where / file).read_text()
+    assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
+    (where / file).write_text(text.replace(right, wrong))
+
+
+def run_jobs(jobs: list[Job]):
+    """Run what is not done yet, under a bar that estimates the time left."""
+    done = [job.is_done() for job in jobs]
+    minutes = [job.minutes for job in jobs]
+    start = sum(m for m, d in zip(minutes, done) if d)
+    unit = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    with tqdm(total=sum(minutes), initial=start, bar_format=unit) as bar:
+        for job, is_done in zip(jobs, done):
+            if not is_done:
+                bar.set_description(f"{job.folder.name}: {job.stage}")
+                job.run()
+                bar.update(job.minutes)
+
+
+class Base:
+    """The models of one seed that the experiments start from, and what SFT samples are worth."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.sft = Stage("sft", folder, 48)
+        self.pairs = read_preferences(folder / "preferences.jsonl")
+        self.tasks = draw_tasks(200, "experiments", split="test")
+        self.safety = draw_tasks(200, "experiments, safety", "advice,harmful", split="test")
+        self.replies = self.sft.answer([task.prompt for task in self.tasks], 1.0, 0)
+        self.gold = golds(self.tasks, self.replies)
+
+    def scaled(self, gold):
+        """Gold as the town gives it -> in SD of this SFT model's samples."""
+        return (np.asarray(gold) - self.gold.mean()) / self.gold.std()
+
+    def measure(self, folder: Path, stage: str) -> dict:
+        """What one policy is like, on held-out prompts at temperature 1."""
+        policy = Stage(stage, folder, 48)
+        texts = [task.prompt for task in self.tasks]
+        replies, greedy = policy.answer(texts, 1.0, 1), policy.answer(texts, 0.0, 1)
+        safe = policy.answer([task.prompt for task in self.safety], 1.0, 1)
+        row = describe(self.tasks, replies, greedy, self.gold, self.safety, safe)
+        prompts, ids = [policy.encode(text) for text in texts], [r.ids for r in replies]
+        there, here = (sequence_logprobs(m.model, prompts, ids) for m in (policy, self.sft))
+        gold, kl = self.scaled(golds(self.tasks, replies)), there - here
+        cost = json.loads((folder / stage / "cost.json").read_text())
+        return {
+            "gold": gold.mean(),
+            "gold_low": interval(gold)[0],
+            "gold_high": interval(gold)[1],
+            "kl": kl.mean(),
+            "kl_low": interval(kl)[0],
+            "kl_high": interval(kl)[1],
+            "win_rate": row["win_rate_vs_sft"],
+            "exact_match": row["exact_match"],
+            "harmful_declined": row["refusal_rate"],
+            "harmless_declined": row["false_refusal_rate"],
+            "no_end": row["no_end_rate"],
+            "tokens": row["response_tokens"],
+            "seconds": cost["seconds"],
+            "forward_equivalents": cost["forward_equivalents"],
+        }
+
+
+def bases(folder: Path, first: Path, seeds: int) -> list[Base]:
+    """The base of every seed: that of seed 0 is there, those of the others are trained here."""
+    for stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        if not (first / stage / "ckpt.pt").exists():
+            raise SystemExit(f"there is no {first}/{stage}/ckpt.pt: run the README's command first")
+    found = [first]
+    for seed in range(1, seeds):
+        found.append(folder / f"base {seed}")
+        stages = [("pretrain", 3), ("sft", 3), ("rm", 2), ("ppo", 1.2), ("dpo", 1.1)]
+        run_jobs([Job(found[-1], stage, {"seed": seed}, minutes) for stage, minutes in stages])
+    return [Base(path) for path in found]
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool: many SFT samples per prompt. From them follows what any policy could reach.
+
+
+@dataclass
+class Pool:
+    """n samples of the SFT model for each of some prompts."""
+
+    gold: np.ndarray  # (prompts, n), scaled
+    same: np.ndarray  # (prompts, n): a number for each distinct reply to a prompt
+    sequences: list  # prompt and reply ids, prompts * n of them, prompt by prompt
+    pad: int
+
+    def scores(self, path: Path) -> np.ndarray:
+        """What a reward model says of every sample: (prompts, n)."""
+        model, _ = load_model(path, kind=ScalarModel)
+        return score_sequences(model, self.sequences, self.pad).reshape(self.gold.shape)
+
+
+def make_pool(base: Base, n: int) -> Pool:
+    """Sample it, on the prompts that policies are measured on."""
+    tasks = [task for task in base.tasks for _ in range(n)]
+    replies = base.sft.answer([task.prompt for task in tasks], 1.0, 2)
+    sequences = [base.sft.encode(task.prompt) + r.ids for task, r in zip(tasks, replies)]
+    texts = np.array([reply.text for reply in replies]).reshape(-1, n)
+    same = np.stack([np.unique(row, return_inverse=True)[1] for row in texts])
+    gold = base.scaled(golds(tasks, replies)).reshape(-1, n)
+    return Pool(gold, same, sequences, base.sft.tokenizer.pad)
+
+
+def exact_frontier(gold: np.ndarray, betas: np.ndarray) -> list[dict]:
+    """The best gold that any policy can have at its KL: one row per beta.
+
+    The policy that maximises gold - beta KL is pi = sft exp(gold / beta) / Z (Rafailov et al. 2023,
+    equation 4). Weights softmax(gold / beta) over samples of sft turn them into samples of pi, so
+    E gold = sum w gold and KL = sum w log(n w). As long as the effective sample size 1 / sum w^2
+    is large, that is; it is part of the row.
+    """
+    rows, n = [], gold.shape[1]
+    for beta in betas:
+        w = np.exp((gold - gold.max(1, keepdims=True)) / beta)
+        w /= w.sum(1, keepdims=True)
+        kl = (w * np.log(np.maximum(n * w, 1e-300))).sum(1).mean()
+        ess = (1 / (w**2).sum(1)).mean()
+        rows.append({"beta": beta, "gold": (w * gold).sum(1).mean(), "kl": kl, "ess": ess})
+    return rows
+
+
+def best_of_n(proxy: np.ndarray, n: int) -> np.ndarray:
+    """Probability of every sample (prompts, N) to be the best of n by proxy; ties share theirs.
+
+    Of N samples, sorted, the r-th is the best of n drawn without replacement in C(r - 1, n - 1)
+    of C(N, n) cases.
+    """
+    count = proxy.shape[1]
+    ranks = np.array([math.comb(r, n - 1) / math.comb(count, n) for r in range(count)])
+    probability = np.empty(proxy.shape)
+    for row, scores in enumerate(proxy):
+        order = np.argsort(scores, kind="stable")
+        probability[row, order] = ranks
+        _, tie = np.unique(scores, return_inverse=True)
+        probability[row] = (np.bincount(tie, probability[row]) / np.bincount(tie))[tie]
+    return probability
+
+
+def kl_of_weights(probability: np.ndarray, same: np.ndarray) -> float:
+    """KL from SFT of a policy that picks samples with this probability, equal replies as one."""
+    kls = []
+    for p, which in zip(probability, same):
+        now, before = np.bincount(which, p), np.bincount(which) / len(which)
+        kls.append((now * np.log(np.maximum(now, 1e-300) / before)).sum())
+    return float(np.mean(kls))
+
+
+# ---------------------------------------------------------------------------------------------
+# The experiments: each runs its jobs, then writes NAME.csv and draws NAME.png
+
+
+def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
+    """PPO, DPO and best-of-n on one plot of gold against KL, under the exact frontier."""
+    policies = []
+    for seed, base in enumerate(bases):
+        # Those of the README's command, with the default beta ...
+        policies += [("ppo", 0.15, seed, Job(base.folder, "ppo"))]
+        policies += [("dpo", 0.35, seed, Job(base.folder, "dpo"))]
+        # ... and others.
+        common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
+        for beta in (0.05, 0.5) if quick else (0.02, 0.05, 0.5, 1.5):
+            options = {**common, "rm": base.folder / "rm/ckpt.pt", "beta": beta}
+            job = Job(folder / f"ppo, beta {beta}, seed {seed}", "ppo", options, 1.1)
+            policies.append(("ppo", beta, seed, job))
+        variants = [("dpo", beta) for beta in ((0.1, 1.0) if quick else (0.05, 0.1, 1.0, 3.0))]
+        variants += [("dpo + nll", 0.1), ("ipo", 0.3)]
+        for method, beta in variants:
+            options = {**common, "beta": beta, "loss": "ipo" if method == "ipo" else "dpo"}
+            options["nll"] = 0.2 if method == "dpo + nll" else 0.0
+            where = folder / f"{method}, beta {beta}, seed {seed}"
+            policies.append((method, beta, seed, Job(where, "dpo", options, 1, base.pairs)))
+    run_jobs([job for *_, job in policies if job.options])
+
+    rows = []
+    for method, beta, seed, job in tqdm(policies, "measuring"):
+        numbers = bases[seed].measure(job.folder, job.stage)
+        rows.append({"method": method, "setting": beta, "seed": seed, **numbers})
+    for seed, base in enumerate(bases):
+        pool = make_pool(base, n=64 if quick else 128)
+        for row in exact_frontier(pool.gold, np.geomspace(0.1, 10, 25)):
+            row["setting"] = row.pop("beta")
+            rows.append({"method": "exact frontier", "seed": seed, **row})
+        proxy = pool.scores(base.folder / "rm/ckpt.pt")
+        for judge, scores in (("reward model", proxy), ("gold", pool.gold)):
+            for n in BEST_OF:
+                p = best_of_n(scores, n)
+                numbers = {"gold": (p * pool.gold).sum(1).mean()}
+                numbers["kl"] = kl_of_weights(p, pool.same)
+                numbers["kl_bound"] = math.log(n) - (n - 1) / n  # Beirami et al. 2024, theorem 1
+                name = f"best of n by {judge}"
+                rows.append({"method": name, "setting": n, "seed": seed, **numbers})
+    write_csv(rows, results / "frontier.csv")
+    draw_frontier(rows, results / "frontier.png")
+
+
+def draw_frontier(rows: list[dict], path: Path):
+    """Gold against KL."""
+    figure, axis = plt.subplots(figsize=(7, 4.6))
+    lines = {
+        "exact frontier": dict(color="black", lw=1.5),
+        "best of n by gold": dict(color="#0072B2", ls=":", marker="^", ms=4),
+        "best of n by reward model": dict(color="#0072B2", marker="^", ms=4),
+    }
+    for name, style in lines.items():
+        for seed in sorted({row["seed"] for row in rows}):
+            mine = [row for row in rows if row["method"] == name and row["seed"] == seed]
+            mine = [row for row in mine if row.get("ess", 99) >= 10]
+            xy = [(row["kl"], row["gold"]) for row in mine]
+            axis.plot(*zip(*xy), label=name if seed == 0 else None, **style)
+    for method, (colour, marker) in STYLE.items():
+        mine = [row for row in rows if row["method"] == method]
+        if not mine:
+            continue
+        x, y = [row["kl"] for row in mine], [row["gold"] for row in mine]
+        yerr = [[row["gold"] - row["gold_low"] for row in mine]]
+        yerr += [[row["gold_high"] - row["gold"] for row in mine]]
+        axis.errorbar(x, y, yerr, fmt=marker, color=colour, capsize=2, label=method)
+        for row in mine:
+            axis.annotate(f"{row['setting']:g}", (row["kl"], row["gold"]), (5, -9), **SMALL)
+    axis.set(xlabel="KL from SFT, nats per reply", ylabel="gold, SD of SFT samples")
+    axis.set_xlim(left=-0.1)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, path)
+
+
+def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool):
+    """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
+
+    Reward models of 250, 1,000 and 4,000 pairs, with a quarter of the labels flipped, and with one
+    layer. x is d = sqrt(KL); the curves of Gao et al. 2023 (equations 1 and 2) are fitted to gold.
+    """
+    judges = {  # name: (pairs, share flipped, layers)
+        "250 pairs": (250, 0.0, 0),
+        "1,000 pairs": (1000, 0.0, 0),
+        "4,000 pairs": (4000, 0.0, 0),
+        "4,000 pairs, 25 % flipped": (4000, 0.25, 0),
+        "4,000 pairs, 1 layer": (4000, 0.0, 1),
+    }
+    if quick:
+        del judges["1,000 pairs"], judges["4,000 pairs, 1 layer"]
+    runs = []
+    for seed, base in enumerate(bases):
+        for name, (count, flip, layers) in judges.items():
+            pairs = some_pairs(base.pairs, count, flip, seed)
+            where = folder / f"{name}, seed {seed}"
+            common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
+            epochs = max(2, round(4000 / count))
+            rm = {**common, "epochs": min(epochs, 6), "batch_size": 32, "n_layer": layers}
+            ppo = {**common, "iterations": 60 if quick else 120, "rollouts": 64, "beta": 0.0}
+            dpo = {**common, "epochs": epochs, "batch_size": 32, "beta": 0.05, "eval_every": 10}
+            jobs = [
+                Job(where, "rm", {**rm, "warmup": 5}, 0.2 + count / 5000, pairs),
+                Job(where, "ppo", {**ppo, "minibatch": 32}, ppo["iterations"] / 50),
+                Job(where, "dpo", dpo, 1.2, pairs),
+            ]
+            runs.append((name, seed, *jobs))
+    run_jobs([job for _, _, *jobs in runs for job in jobs])
+
+    rows = []
+    pools = [make_pool(base, n=64 if quick else 128) for base in bases]
+    for name, seed, rm, ppo, dpo in runs:
+        base, pool = bases[seed], pools[seed]
+        for method, job in (("ppo", ppo), ("dpo", dpo)):
+            curve = {"kl": job.log("kl"), "gold": base.scaled(job.log("gold"))}
+            if method == "ppo":
+                curve["proxy"] = job.log("proxy")
+            for values in zip(*curve.values()):
+                row = {"judge": name, "seed": seed, "method": method}
+                rows.append({**row, **dict(zip(curve, values))})
+        scores = pool.scores(rm.folder / "rm/ckpt.pt")
+        for n in BEST_OF:
+            p = best_of_n(scores, n)
+            numbers = {"kl": kl_of_weights(p, pool.same), "gold": (p * pool.gold).sum(1).mean()}
+            numbers["proxy"] = (p * scores).sum(1).mean()
+            rows.append({"judge": name, "seed": seed, "method": "best of n", **numbers})
+    write_csv(rows, results / "overoptimisation.csv")
+    draw_overoptimisation(rows, list(judges), results / "overoptimisation.png")
+
+
+def some_pairs(pairs: list[dict], count: int, flip: float, seed: int) -> list[dict]:
+    """`count` of the training pairs, some with chosen and rejected exchanged, and a ninth to test.
+
+    The flipped ones are drawn here, so that the noise is the only thing that differs.
+    """
+    train, test = held_out(pairs)
+    rng, rows = np.random.default_rng(seed), []
+    for row in train[:count]:
+        if rng.random() < flip:
+            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+            row["gold"], row["p"] = row["gold"][::-1], 1 - row["p"]
+        rows.append(row)
+    return rows + test[: max(count // 9, 1)]
+
+
+def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, float]:
+    """alpha, beta and R^2 of d (alpha - beta d), or for RL d (alpha - beta log d)."""
+    second = d * d if method == "best of n" else d * np.log(np.maximum(d, 1e-9))
+    (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -second], 1), gold, rcond=None)
+    left = gold - (alpha * d - beta * second)
+    return alpha, beta, 1 - (left**2).sum() / ((gold - gold.mean()) ** 2).sum()
+
+
+def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
+    """One panel per reward model: proxy (dashed) and gold (solid) against sqrt(KL)."""
+    figure, axes = plt.subplots(1, len(judges), figsize=(4 * len(judges), 3.8), sharey=True)
+    for axis, judge in zip(np.atleast_1d(axes), judges):
+        for method in ("ppo", "dpo", "best of n"):
+            colour, marker = STYLE[method]
+            mine = [r for r in rows if r["judge"] == judge and r["method"] == method]
+            d = np.sqrt(np.maximum([r["kl"] for r in mine], 0))
+            gold = np.array([r["gold"] for r in mine])
+            axis.plot(d, gold, marker, color=colour, ms=3, label=f"{method}: gold")
+            if method != "dpo":
+                proxy = [r["proxy"] for r in mine]
+                axis.plot(d, proxy, marker, color=colour, ms=3, mfc="none", label="its proxy")
+                alpha, beta, r2 = fit(method, d, gold)
+                x = np.linspace(0.02, d.max(), 100)
+                slope = beta * x if method == "best of n" else beta * np.log(x)
+                axis.plot(x, x * (alpha - slope), color=colour, lw=1, label=f"fit, R² {r2:.2f}")
+        axis.set(title=judge, xlabel="square root of the KL from SFT, nats")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    np.atleast_1d(axes)[0].set_ylabel("SD of SFT samples")
+    save(figure, path)
+
+
+def tasks(folder: Path, results: Path, bases: list[Base], quick: bool):
+    """SFT on 1, 3, 6 and all kinds of task at equal tokens: do more kinds help on unseen ones?"""
+    mixtures = {1: TRAIN_KINDS[:1], 3: TRAIN_KINDS[:3], 6: TRAIN_KINDS[:6]}
+    mixtures[len(TRAIN_KINDS)] = TRAIN_KINDS
+    budget, runs = 4e5 if quick else 1.3e6, []  # tokens
+    for seed, base in enumerate(bases):
+        for count, kinds in mixtures.items():
+            some = demonstrations(400, "length", ",".join(kinds))
+            ids = [encode_chat(base.sft.tokenizer, row["messages"])[0] for row in some]
+            options = {"seed": seed, "init": base.folder / "pretrain/ckpt.pt", "eval_every": 5000}
+            options |= {"tasks": ",".join(kinds), "epochs": 1}
+            options["demonstrations"] = round(budget / np.mean([len(row) for row in ids]))
+            where = folder / f"sft on {count} kinds, seed {seed}"
+            runs.append((count, kinds, seed, Job(where, "sft", options, budget / 8e5)))
+    run_jobs([job for *_, job in runs])
+
+    rows = []
+    held = [name for name, kind in KINDS.items() if kind.held_out]
+    for count, kinds, seed, job in runs:
+        model = Stage("sft", job.folder, 48)
+        others = [kind for kind in TRAIN_KINDS if kind not in kinds]
+        groups = {
+            "trained kinds": (kinds, False),
+            "trained kinds, new wordings": (kinds, True),
+            "the other kinds of the town": (others, False),
+            "kinds that no mixture has": (held, False),
+        }
+        for group, (names, worded) in groups.items():
+            if not names:
+                continue
+            how = {"split": "test", "unseen_wording": worded}
+            asked = draw_tasks(300, f"experiment {group}", ",".join(names), **how)
+            replies = model.answer([task.prompt for task in asked], 0.0, 0)
+            right = [exact_match(task, reply.text) for task, reply in zip(asked, replies)]
+            gold = bases[seed].scaled(golds(asked, replies)).mean()
+            row = {"kinds": count, "seed": seed, "group": group}
+            rows.append({**row, "exact_match": np.mean(right), "gold": gold})
+    write_csv(rows, results / "tasks.csv")
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axis, what in zip(axes, ("exact_match", "gold")):
+        for (group, _), (colour, marker) in zip(groups.items(), list(STYLE.values())):
+            mine = [row for row in rows if row["group"] == group]
+            band(axis, [r["kinds"] for r in mine], [r[what] for r in mine], colour, marker, group)
+        axis.set(xlabel="kinds of task in SFT, at equal tokens", ylabel=what.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[1].set_ylabel("gold, SD of SFT samples")
+    axes[0].legend(fontsize=7)
+    save(figure, results / "tasks.png")
+
+
+BUGS = {  # name: (options, edit)
+    "as it should be": ({}, ()),
+    "no KL penalty": ({"beta": 0.0}, ()),
+    "KL penalty with the wrong sign": (
+        {},
+        ("train_ppo.py", "rewards = -beta *", "rewards = beta *"),
+    ),
+    "sampled at 0.7, scored at 1": (
+        {},
+        ("train_ppo.py", "new_tokens, seed, cfg.temperature)", "new_tokens, seed, 0.7)"),
+    ),
+    "no end: score kept": (
+        {},
+        ("train_ppo.py", "torch.where(ended, proxy, cfg.no_end_score)", "proxy"),
+    ),
+    "score at the first token": (
+        {},
+        ("train_ppo.py", "device=mask.device)).argmax(1)", "device=mask.device)).sign().argmax(1)"),
+    ),
+    "advantages of any scale": (
+        {},
+        ("train_ppo.py", "advantages = whiten(advantages, mask)", "advantages = 10 * advantages"),
+    ),
+}
+
+
+def broken(folder: Path, results: Path, bases: list[Base], quick: bool):
+    """PPO with one line broken at a time: the curves by which to recognise what went wrong."""
+    runs = []
+    for seed, base in enumerate(bases):
+        common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
+        common |= {"rm": base.folder / "rm/ckpt.pt", "rollouts": 64, "minibatch": 32}
+        common["iterations"] = 25 if quick else 40
+        for name, (options, edit) in BUGS.items():
+            where = folder / f"{name}, seed {seed}"
+            job = Job(where, "ppo", {**common, **options}, 0.6, edit=edit)
+            runs.append((name, seed, job))
+    run_jobs([job for *_, job in runs])
+
+    columns = ("gold", "proxy", "kl", "entropy", "length", "no_end")
+    rows = []
+    for name, seed, job in runs:
+        curve = {column: job.log(column) for column in columns}
+        curve["gold"] = bases[seed].scaled(curve["gold"])
+        for step, values in enumerate(zip(*curve.values())):
+            rows.append({"bug": name, "seed": seed, "step": step, **dict(zip(curve, values))})
+    write_csv(rows, results / "broken.csv")
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
+    colours = ["black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    dashes = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
+    for axis, column in zip(axes.flat, columns):
+        for (name, _), colour, dash in zip(BUGS.items(), colours, dashes):
+            mine = [row for row in rows if row["bug"] == name]
+            x, y = [row["step"] for row in mine], [row[column] for row in mine]
+            band(axis, x, y, colour, None, name, dash)
+        axis.set(xlabel="iteration", ylabel=UNITS[column])
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    save(figure, results / "broken.png")
+
+
+UNITS = {
+    "gold": "gold, SD of SFT samples",
+    "proxy": "score of the reward model, SD",
+    "kl": "KL from SFT, nats per reply",
+    "entropy": "entropy, nats per token",
+    "length": "tokens per reply",
+    "no_end": "share without end",
+}
+SMALL = {"textcoords": "offset points", "fontsize": 7, "color": "#444444"}
+
+
+def band(axis, x, y, colour, marker, label, dash="-"):
+    """The mean over seeds as a line, and the range over seeds as a band."""
+    x, y = np.array(x), np.array(y)
+    places = np.unique(x)
+    mean = [y[x == i].mean() for i in places]
+    axis.plot(places, mean, color=colour, ls=dash, marker=marker, label=label)
+    low, high = [y[x == i].min() for i in places], [y[x == i].max() for i in places]
+    axis.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def save(figure, path: Path):
+    """Write a picture."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(path)
+
+
+def write_csv(rows: list[dict], path: Path):
+    """One line per row; columns that a row lacks stay empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+EXPERIMENTS = {
+    "frontier": frontier,
+    "overoptimisation": overoptimisation,
+    "tasks": tasks,
+    "broken": broken,
+}
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer settings")
+    parser.add_argument("--only", nargs="*", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--base", default="out", help="folder with the runs of seed 0")
+    parser.add_argument("--out", help="folder of the runs made here (default: BASE/experiments)")
+    parser.add_argument("--results", help="folder for CSV and PNG (default: that of the runs)")
+    args = parser.parse_args()
+    folder = Path(args.out or f"{args.base}/{'quick' if args.quick else 'experiments'}")
+    results = Path(args.results or folder)
+    results.mkdir(parents=True, exist_ok=True)
+    try:
+        start = bases(folder, Path(args.base), 1 if args.quick else 3)
+        for name in args.only:
+            EXPERIMENTS[name](folder / name, results, start, args.quick)
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What the experiments compute without training: the exact frontier, best-of-n, the fits."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from data.experiments import (
+    BUGS,
+    best_of_n,
+    exact_frontier,
+    fit,
+    kl_of_weights,
+    plant,
+    some_pairs,
+)
+
+
+def test_frontier_of_gaussian_gold_is_the_closed_form():
+    """For gold ~ N(0, 1): E gold = 1 / beta and KL = 1 / (2 beta^2)."""
+    gold = np.random.default_rng(0).normal(size=(20, 10_000))
+    for row in exact_frontier(gold, [1.0, 2.0, 5.0]):
+        assert row["gold"] == pytest.approx(1 / row["beta"], rel=0.03)
+        assert row["kl"] == pytest.approx(1 / (2 * row["beta"] ** 2), rel=0.05)
+        assert row["ess"] > 1000
+
+
+def test_no_policy_lies_above_the_frontier():
+    rng = np.random.default_rng(0)
+    gold = rng.normal(size=(1, 200))
+    frontier = exact_frontier(gold, np.geomspace(0.05, 100, 400))
+    for scale in (0.1, 0.5, 1.0, 2.0):
+        for noise in (0.0, 1.0):  # policies that know gold more or less well
+            w = np.exp(scale * (gold + noise * rng.normal(size=gold.shape)))
+            w /= w.sum()
+            kl = (w * np.log(200 * w)).sum()
+            best = max(row["gold"] for row in frontier if row["kl"] <= kl + 1e-6)
+            assert (w * gold).sum() <= best + 0.01
+
+
+def test_best_of_n_weights_are_those_of_all_subsets():
+    proxy = np.array([[0.3, -1.0, 2.0, 0.3, 0.5, 1.0]])  # with a tie
+    for n in (1, 2, 3, 6):
+        expected = np.zeros(6)
+        subsets = list(itertools.combinations(range(6), n))
+        for subset in subsets:
+            best = max(proxy[0, list(subset)])
+            ties = [i for i in subset if proxy[0, i] == best]
+            expected[ties] += 1 / len(ties) / len(subsets)
+        np.testing.assert_allclose(best_of_n(proxy, n)[0], expected)
+
+
+def test_kl_counts_equal_replies_as_one_and_stays_below_the_bound():
+    proxy = np.random.default_rng(0).normal(size=(1, 128))
+    distinct, pairs = np.arange(128)[None], np.arange(128)[None] // 2
+    proxy_of_pairs = proxy[:, pairs[0]]
+    for n in (2, 8, 32):
+        bound = math.log(n) - (n - 1) / n
+        exact = kl_of_weights(best_of_n(proxy, n), distinct)
+        assert exact == pytest.approx(bound, abs=0.15)
+        assert kl_of_weights(best_of_n(proxy_of_pairs, n), pairs) < exact + 1e-9
+    assert kl_of_weights(best_of_n(proxy, 1), distinct) == pytest.approx(0, abs=1e-12)
+
+
+def test_fits_find_the_curves_they_are_named_for():
+    d = np.linspace(0.1, 3, 50)
+    np.testing.assert_allclose(fit("best of n", d, d * (0.9 - 0.2 * d)), (0.9, 0.2, 1))
+    np.testing.assert_allclose(fit("ppo", d, d * (0.7 - 0.3 * np.log(d))), (0.7, 0.3, 1))
+
+
+def test_flipped_pairs_differ_in_nothing_but_the_label():
+    pairs = [
+        {"messages": i, "chosen": f"a{i}", "rejected": f"b{i}", "gold": [i, -i], "p": 0.8}
+        for i in range(1000)
+    ]
+    rows, test = some_pairs(pairs, 800, 0.25, 0)[:800], some_pairs(pairs, 800, 0.25, 0)[800:]
+    flipped = [row["chosen"][0] == "b" for row in rows]
+    assert 0.2 < np.mean(flipped) < 0.3
+    for row, was, turned in zip(rows, pairs, flipped):
+        assert {row["chosen"], row["rejected"]} == {was["chosen"], was["rejected"]}
+        assert row["gold"] == (was["gold"][::-1] if turned else was["gold"])
+    assert test == pairs[900 : 900 + 88]  # the last tenth, untouched
+
+
+def test_every_bug_to_be_planted_fits_its_file(tmp_path):
+    for number, (_, edit) in enumerate(BUGS.values()):
+        if edit:
+            plant(edit, tmp_path / str(number))
+            assert edit[2] in (tmp_path / str(number) / edit[0]).read_text()
