@@ -118,7 +118,7 @@ def run_jobs(jobs: list[Job]):
     done = [job.is_done() for job in jobs]
     minutes = [job.minutes for job in jobs]
     start = sum(m for m, d in zip(minutes, done) if d)
-    unit = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    unit = "{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
     with tqdm(total=sum(minutes), initial=start, bar_format=unit) as bar:
         for job, is_done in zip(jobs, done):
             if not is_done:
