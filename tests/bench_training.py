@@ -59,7 +59,7 @@ UNITS = {
     "sampling, 48 tokens": "tokens/s",
     "sampling, to the end": "tokens/s",
     "rm": "pairs/s",
-    "ppo": "iterations/s",
+    "ppo": "rollouts/s",
     "dpo": "pairs/s",
 }
 STEPS = {"pretrain": 20, "pretrain, AdamW": 20, "sft": 40, "rm": 20, "ppo": 5, "dpo": 20}
@@ -80,7 +80,7 @@ def data(stage: str, out: str) -> list[dict]:
 def per_step(stage: str) -> float:
     """How many units of `UNITS` one step has."""
     if stage == "ppo":
-        return 1.0
+        return float(train_ppo.Config().rollouts)
     return float(SCRIPTS[stage].Config().batch_size)
 
 
