@@ -5,9 +5,10 @@
     python -m data.download tinystories --megabytes 50
     python -m data.download fineweb --megabytes 1000
 
-A download that broke off goes on where it stopped. A file gets its name only when it is whole and,
-where its hash is known, right. Nothing is fetched unless you ask for it here (or with --init gpt2).
-Sizes and licences are those that the sources stated when this list was written.
+A download that broke off goes on where it stopped. A file gets its name only when it is whole and
+its sha256 is right: the one written here, or else the one that Hugging Face names. Nothing is
+fetched unless you ask for it here (or with --init gpt2). Sizes and licences are those that the
+sources stated when this list was written.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TIMEOUT = 30  # seconds without a byte until a download counts as broken off
 
 class File(NamedTuple):
     url: str
-    sha256: str = ""  # the hash, or as much of its beginning as is known
+    sha256: str = ""  # the hash, or what is known of its beginning ("" = what the server says)
 
 
 class Source(NamedTuple):
@@ -44,6 +45,18 @@ class Source(NamedTuple):
     files: list[File]
     convert: object  # function(paths, folder): writes what the scripts read
     command: str  # what reads it
+
+
+class NoteHash(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, as always. Hugging Face, redirecting to its storage, names the sha256."""
+
+    sha256 = ""
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        tag = headers.get("X-Linked-ETag", "").strip('"')
+        if len(tag) == 64:  # of small files it is the hash of something else, and shorter
+            self.sha256 = tag
+        return super().redirect_request(request, answer, code, message, headers, url)
 
 
 def fetch(file: File, path: Path, megabytes: float = 0.0):
@@ -61,8 +74,9 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
     request = urllib.request.Request(file.url, headers={"User-Agent": "data.download"})
     if done or megabytes:
         request.add_header("Range", f"bytes={done}-{last}")
+    redirects = NoteHash()
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT) as answer:
             if answer.status != 206:  # the server sends all of it, whatever we have
                 done = 0
             left = answer.headers.get("Content-Length")
@@ -87,16 +101,17 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
             f"{file.url}: the connection ended after {part.stat().st_size:,} of {total:,} bytes. "
             f"{by_hand}; the same command goes on from there"
         )
-    if file.sha256 and not megabytes:
+    expected = file.sha256 or redirects.sha256
+    if expected and not megabytes:
         digest = hashlib.sha256()
         with open(part, "rb") as whole:
             while block := whole.read(1 << 20):
                 digest.update(block)
         found = digest.hexdigest()
-        if not found.startswith(file.sha256):
+        if not found.startswith(expected):
             part.unlink()
             raise SystemExit(
-                f"{file.url}: sha256 is {found}, not {file.sha256}: it has changed, or was "
+                f"{file.url}: sha256 is {found}, not {expected}: it has changed, or was "
                 "damaged on the way; it was deleted"
             )
     with open(part, "rb") as start:

@@ -19,16 +19,18 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET /whole, /ranges, /cut, /stall, /moved or /pointer: what a server does with a request."""
+    """GET /whole, /ranges, /cut, /stall, /moved, /tagged or /pointer: what a server may do."""
 
     asked = []
 
     def do_GET(self):
         kind, wanted = self.path[1:], self.headers.get("Range")
         self.asked.append((kind, wanted))
-        if kind == "moved":
+        if kind in ("moved", "tagged", "mistagged"):
             self.send_response(302)
             self.send_header("Location", "/ranges")
+            if kind != "moved":
+                self.send_header("X-Linked-Etag", f'"{HASH if kind == "tagged" else "0" * 64}"')
             return self.end_headers()
         body, start = CONTENT, 0
         if kind == "pointer":
@@ -73,6 +75,14 @@ def test_whole_file_gets_its_name_and_is_not_fetched_again(server, tmp_path):
 def test_redirection_is_followed(server, tmp_path):
     fetch(File(f"{server}/moved", HASH), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_hash_that_the_server_names_is_checked(server, tmp_path):
+    fetch(File(f"{server}/tagged"), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    with pytest.raises(SystemExit, match=f"mistagged: sha256 is {HASH}, not 0000"):
+        fetch(File(f"{server}/mistagged"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", ["cut", "stall"])
