@@ -228,7 +228,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.T if g.shape[0] > g.shape[1] else g  # so that x x^T is the smaller of the two products
     x = x / x.norm().clamp(min=1e-7)
-    x = x.bfloat16() if x.is_cuda else x  # precise enough, but only GPUs are faster in it
+    x = x.bfloat16() if x.is_cuda else x  # precise enough, but slow on many CPUs
     for _ in range(5):
         gram = x @ x.T
         x = torch.addmm(x, b * gram + c * gram @ gram, x, beta=a)  # a x + (...) x
@@ -248,6 +248,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move every parameter along its gradient's running mean, made orthogonal."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:

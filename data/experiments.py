@@ -416,7 +416,7 @@ def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, flo
 
 
 def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
-    """One panel per reward model: proxy (dashed) and gold (solid) against sqrt(KL)."""
+    """One panel per reward model: proxy (hollow) and gold (filled, with its fit)."""
     figure, axes = plt.subplots(1, len(judges), figsize=(4 * len(judges), 3.8), sharey=True)
     for axis, judge in zip(np.atleast_1d(axes), judges):
         for method in ("ppo", "dpo", "best of n"):
