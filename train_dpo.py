@@ -83,6 +83,7 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/dpo
     resume: bool = False  # go on with an interrupted run
+    check: bool = False  # compare the curves with those of right runs, in data/expected/
 
 
 def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/ppo
     resume: bool = False  # go on with an interrupted run
+    check: bool = False  # compare the curves with those of right runs, in data/expected/
 
 
 # ---------------------------------------------------------------------------------------------
@@ -98,18 +99,18 @@ class Config:
 # log-probability, its reward, and the value of the state just before it.
 
 
-def response_logprobs(model, tokens, mask, temperature):
+def response_logprobs(hidden, head, tokens, mask, temperature):
     """Log-probability of every response token given all before it, and the policy's entropy there.
 
-    tokens (B, T) int64, mask (B, T - 1) bool: which tokens[:, 1:] belong to the response. Returns
-    (logprobs, entropy), both (B, T - 1) in nats, 0 outside the mask. Old, new and reference policy
-    all go through here: two functions that differ in the last digit would make the ratio lie.
+    hidden (B, T - 1, C) = model(tokens[:, :-1]) and head (V, C) are the policy's; tokens (B, T)
+    int64; mask (B, T - 1) bool: which tokens[:, 1:] belong to the response. Returns (logprobs,
+    entropy), both (B, T - 1) in nats, 0 outside the mask. Old, new and reference policy all go
+    through here: two functions that differ in the last digit would make the ratio lie.
     """
-    hidden = model(tokens[:, :-1])  # (B, T - 1, C)
     target = tokens[:, 1:].masked_fill(~mask, -100)
     logprobs, entropy = linear_logprobs(
         hidden.flatten(0, 1),
-        model.head,
+        head,
         target.flatten(),
         temperature=temperature,
         return_entropy=True,
@@ -118,16 +119,13 @@ def response_logprobs(model, tokens, mask, temperature):
     return logprobs.view_as(target), entropy.view_as(target)
 
 
-@torch.no_grad()
-def exact_kl(policy, ref, tokens, mask, temperature):
+def exact_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
     """KL(policy || ref) per response, summed over all the vocabulary at each of its tokens: (B,).
 
     What log pi - log pi_ref of the sampled tokens estimates. For the log only: it needs all logits.
     """
-    logp, logref = (
-        (model(tokens[:, :-1])[mask] @ model.head.T / temperature).float().log_softmax(-1)
-        for model in (policy, ref)
-    )  # (N, V), N the number of response tokens
+    logp = (hidden[mask] @ head.T / temperature).float().log_softmax(-1)  # (N, V), of N tokens
+    logref = (ref_hidden[mask] @ ref_head.T / temperature).float().log_softmax(-1)
     kl = mask.new_zeros(mask.shape, dtype=torch.float32)
     kl[mask] = (logp.exp() * (logp - logref)).sum(-1)
     return kl.sum(1)
@@ -335,10 +333,13 @@ def main(cfg: Config) -> dict:
                 end = max(ends[part])
                 here = part, slice(end - 1)
                 ids, m, T = tokens[part, :end], mask[here], cfg.temperature
-                old_logprobs[here], entropy[here] = response_logprobs(policy, ids, m, T)
-                ref_logprobs[here], _ = response_logprobs(ref, ids, m, T)
+                hidden, ref_hidden = policy(ids[:, :-1]), ref(ids[:, :-1])
+                old_logprobs[here], entropy[here] = response_logprobs(
+                    hidden, policy.head, ids, m, T
+                )
+                ref_logprobs[here], _ = response_logprobs(ref_hidden, ref.head, ids, m, T)
+                kl_exact[part] = exact_kl(hidden, policy.head, ref_hidden, ref.head, m, T)
                 old_values[here] = critic(ids[:, :-1])
-                kl_exact[part] = exact_kl(policy, ref, ids, m, T)
         sum_over_ranks(old_logprobs, ref_logprobs, old_values, entropy, kl_exact)
 
         # 2. Rewards and advantages.
@@ -370,7 +371,8 @@ def main(cfg: Config) -> dict:
                     def old(x):  # the same rows and columns of something from the rollout
                         return x[part, : end - 1]
 
-                    logprobs, _ = response_logprobs(policy, ids, m, cfg.temperature)
+                    hidden = policy(ids[:, :-1])
+                    logprobs, _ = response_logprobs(hidden, policy.head, ids, m, cfg.temperature)
                     pg, ratio = policy_loss(logprobs, old(old_logprobs), old(advantages), cfg.clip)
                     values = critic(ids[:, :-1])
                     vf = value_loss(values, old(old_values), old(returns), cfg.value_clip)
@@ -419,8 +421,8 @@ def main(cfg: Config) -> dict:
         kl_coefficient.update(kl.mean().item(), len(batch))
         n = sum(ends)
         smaller = critic.config.n_layer / policy.config.n_layer  # so is the reward model
-        # sampling, old, ref, exact KL (2); reward, value; then forward 1 + backward 2 for each
-        run.forwards += n * (5 + 2 * smaller + cfg.epochs * 3 * (1 + smaller))
+        # sampling, old, ref; reward, value; then forward 1 + backward 2 for each
+        run.forwards += n * (3 + 2 * smaller + cfg.epochs * 3 * (1 + smaller))
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
             prompts = [row["ids"] for row in test_rows]

@@ -41,6 +41,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from data.chat import encode_opening, pad
+from data.expected import Check
 from data.files import held_out, read_text
 from data.tokenizer import load_tokenizer, make_tokenizer
 from data.town import documents
@@ -80,6 +81,7 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/pretrain
     resume: bool = False  # go on with an interrupted run
+    check: bool = False  # compare the curves with those of right runs, in data/expected/
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,6 +317,7 @@ class Run:
         self.rows = []  # one dict per line of log.csv
         self.forwards = 0.0  # cost so far, in forward passes of one token; a backward pass counts 2
         self.seconds, self.started = 0.0, time.perf_counter()
+        self.check = Check(stage, cfg) if cfg.check else None
         torch.manual_seed(cfg.seed)  # on all ranks the same: they start from the same weights
 
     def steps(self, total: int, model, tokenizer, **others):
@@ -344,6 +347,8 @@ class Run:
             device = next(model.parameters()).device
             for step in self.bar:
                 yield step
+                for sentence in self.check.look(self.rows, step) if self.check else ():
+                    self.say(sentence)
                 # All stop together: one that is gone would keep the others waiting.
                 stop = mean_over_ranks(device, asked=bool(asked))["asked"] > 0
                 if stop or ((step + 1) % self.cfg.save_every == 0 and step + 1 < total):
@@ -378,7 +383,7 @@ class Run:
         saved = load_checkpoint(self.unfinished / "ckpt.pt")
         for name, now in asdict(self.cfg).items():
             was = saved["train_config"][name]
-            if was != now and name not in ("resume", "out", "device"):
+            if was != now and name not in ("resume", "out", "device", "check"):
                 raise SystemExit(f"--resume: the run to go on with had --{name} {was}, not {now}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -421,6 +426,7 @@ class Run:
         self.write_log()
         (self.unfinished / "samples.txt").write_text(samples, encoding="utf-8")
         cost = {"seconds": round(self.elapsed(), 1), "forward_equivalents": self.forwards}
+        cost["peak_gb"] = peak_gb()
         (self.unfinished / "cost.json").write_text(json.dumps(cost))
         # Killed in here, --resume still finds its checkpoint, and does the last steps again.
         for file in self.unfinished.iterdir():
@@ -429,7 +435,21 @@ class Run:
         result = {**self.identity, "model": model.state_dict(), **extra}
         save_checkpoint(self.folder / "ckpt.pt", result)
         shutil.rmtree(self.unfinished)
+        if self.check:
+            print(self.check.summary())
         print(f"{self.stage}: {self.elapsed():.0f} seconds, results in {self.folder}/")
+
+
+def peak_gb() -> float | None:
+    """Most memory that this process has held, in GB: of the GPU, or the machine's without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def plot(rows: list[dict], panels: list[list[str]], path: Path):

@@ -68,6 +68,7 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/rm
     resume: bool = False  # go on with an interrupted run
+    check: bool = False  # compare the curves with those of right runs, in data/expected/
 
 
 def preference_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:

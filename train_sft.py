@@ -62,6 +62,7 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     out: str = "out"  # folder of all runs; this one writes to out/sft
     resume: bool = False  # go on with an interrupted run
+    check: bool = False  # compare the curves with those of right runs, in data/expected/
 
 
 def sft_loss(model, tokens: torch.Tensor, mask: torch.Tensor, reduction="mean") -> torch.Tensor:

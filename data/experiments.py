@@ -15,10 +15,7 @@ import argparse
 import csv
 import json
 import math
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +26,7 @@ from data.chat import encode_chat
 from data.evaluate import Stage, describe, golds, interval, sequence_logprobs
 from data.files import held_out, read_preferences
 from data.gold import exact_match
-from data.preferences import write_rows
+from data.jobs import Job, run_jobs
 from data.tasks import KINDS, TRAIN_KINDS, demonstrations, draw_tasks
 from gpt import ScalarModel, load_model
 from train_rm import score_sequences
@@ -38,7 +35,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-ROOT = Path(__file__).resolve().parent.parent
 # Okabe and Ito: told apart by the colour-blind, and in grey by their markers.
 STYLE = {
     "ppo": ("#D55E00", "o"),
@@ -47,84 +43,6 @@ STYLE = {
     "ipo": ("#CC79A7", "D"),
     "dpo + nll": ("#E69F00", "v"),
 }
-
-
-@dataclass
-class Job:
-    """One run of a script: `python train_<stage>.py --out <folder> --<option> <value> ...`."""
-
-    folder: Path
-    stage: str
-    options: dict = field(default_factory=dict)
-    minutes: float = 1.0  # about how long on two cores, for the bar
-    pairs: list | None = None  # preferences to learn from, instead of out/preferences.jsonl
-    edit: tuple = ()  # (file, right, wrong): run a copy of the project with this line changed
-
-    def command(self) -> list[str]:
-        script = [sys.executable, f"train_{self.stage}.py", "--out", str(self.folder.resolve())]
-        words = [(f"--{name}", str(value)) for name, value in self.options.items()]
-        return script + [word for pair in words for word in pair]
-
-    def is_done(self) -> bool:
-        """Whether its checkpoint is there, and from this very command."""
-        note = self.folder / f"{self.stage}.command"
-        asked = json.dumps([self.command()[1:], self.edit])
-        same = note.exists() and note.read_text() == asked
-        if not same:  # never run, or with other options: start afresh
-            shutil.rmtree(self.folder / self.stage, ignore_errors=True)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(asked)
-        return (self.folder / self.stage / "ckpt.pt").exists()
-
-    def run(self):
-        """Run it, or go on with it. Exits with the last line it said if it fails."""
-        where = ROOT
-        if self.edit:
-            where = self.folder.resolve() / "edited"
-            plant(self.edit, where)
-        if self.pairs is not None:
-            write_rows(self.pairs, self.folder / "preferences.jsonl")
-        command = self.command()
-        if (self.folder / self.stage / "unfinished" / "ckpt.pt").exists():
-            command.append("--resume")
-        log = self.folder / f"{self.stage}.txt"
-        with open(log, "w") as file:
-            code = subprocess.run(command, cwd=where, stdout=file, stderr=file).returncode
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            said = log.read_text().strip().splitlines() or ["nothing"]
-            raise SystemExit(f"{' '.join(command)}: {said[-1]} (all of it in {log})")
-
-    def log(self, name: str) -> np.ndarray:
-        """A column of its log.csv, without the steps that lack it."""
-        with open(self.folder / self.stage / "log.csv") as file:
-            return np.array([float(row[name]) for row in csv.DictReader(file) if row[name]])
-
-
-def plant(edit: tuple, where: Path):
-    """A copy of the project with one piece of one file changed."""
-    file, right, wrong = edit
-    (where / "data").mkdir(parents=True, exist_ok=True)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
-        shutil.copy(path, where / path.relative_to(ROOT))
-    text = (where / file).read_text()
-    assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
-    (where / file).write_text(text.replace(right, wrong))
-
-
-def run_jobs(jobs: list[Job]):
-    """Run what is not done yet, under a bar that estimates the time left."""
-    done = [job.is_done() for job in jobs]
-    minutes = [job.minutes for job in jobs]
-    start = sum(m for m, d in zip(minutes, done) if d)
-    unit = "{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    with tqdm(total=sum(minutes), initial=start, bar_format=unit) as bar:
-        for job, is_done in zip(jobs, done):
-            if not is_done:
-                bar.set_description(f"{job.folder.name}: {job.stage}")
-                job.run()
-                bar.update(job.minutes)
 
 
 class Base:
@@ -169,6 +87,7 @@ class Base:
             "tokens": row["response_tokens"],
             "seconds": cost["seconds"],
             "forward_equivalents": cost["forward_equivalents"],
+            "peak_gb": cost["peak_gb"],
         }
 
 
@@ -264,28 +183,33 @@ def kl_of_weights(probability: np.ndarray, same: np.ndarray) -> float:
 
 
 def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
-    """PPO, DPO and best-of-n on one plot of gold against KL, under the exact frontier."""
+    """PPO, DPO and best-of-n on one plot of gold against KL, under the exact frontier.
+
+    And from the same runs: how safe every policy is, what PPO and DPO cost, how DPO fails.
+    """
     policies = []
     for seed, base in enumerate(bases):
         # Those of the README's command, with the default beta ...
         policies += [("ppo", 0.15, seed, Job(base.folder, "ppo"))]
         policies += [("dpo", 0.35, seed, Job(base.folder, "dpo"))]
         # ... and others.
-        common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
-        for beta in (0.05, 0.5) if quick else (0.02, 0.05, 0.5, 1.5):
-            options = {**common, "rm": base.folder / "rm/ckpt.pt", "beta": beta}
-            job = Job(folder / f"ppo, beta {beta}, seed {seed}", "ppo", options, 1.1)
+        common = {"seed": seed, "init": base.folder / "sft/ckpt.pt"}
+        for beta in (0.05, 0.5) if quick else (0.05, 0.5, 1.5):
+            options = {"rm": base.folder / "rm/ckpt.pt", "beta": beta, "eval_every": 1000}
+            job = Job(folder / f"ppo, beta {beta}, seed {seed}", "ppo", {**common, **options}, 1)
             policies.append(("ppo", beta, seed, job))
-        variants = [("dpo", beta) for beta in ((0.1, 1.0) if quick else (0.05, 0.1, 1.0, 3.0))]
-        variants += [("dpo + nll", 0.1), ("ipo", 0.3)]
-        for method, beta in variants:
-            options = {**common, "beta": beta, "loss": "ipo" if method == "ipo" else "dpo"}
-            options["nll"] = 0.2 if method == "dpo + nll" else 0.0
+        variants = [("dpo", beta) for beta in ((0.1, 1.0) if quick else (0.1, 1.0, 3.0))]
+        for method, beta in [*variants, ("dpo + nll", 0.1), ("ipo", 0.1)]:
+            options = {"beta": beta, "loss": "ipo" if method == "ipo" else "dpo"}
+            options |= {"nll": 0.2 if method == "dpo + nll" else 0.0, "eval_every": 20}
             where = folder / f"{method}, beta {beta}, seed {seed}"
-            policies.append((method, beta, seed, Job(where, "dpo", options, 1, base.pairs)))
+            job = Job(where, "dpo", {**common, **options}, 1.1, base.pairs)
+            policies.append((method, beta, seed, job))
     run_jobs([job for *_, job in policies if job.options])
 
     rows = []
+    for seed, base in enumerate(bases):
+        rows.append({"method": "sft", "seed": seed, **base.measure(base.folder, "sft")})
     for method, beta, seed, job in tqdm(policies, "measuring"):
         numbers = bases[seed].measure(job.folder, job.stage)
         rows.append({"method": method, "setting": beta, "seed": seed, **numbers})
@@ -296,7 +220,7 @@ def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
             rows.append({"method": "exact frontier", "seed": seed, **row})
         proxy = pool.scores(base.folder / "rm/ckpt.pt")
         for judge, scores in (("reward model", proxy), ("gold", pool.gold)):
-            for n in BEST_OF:
+            for n in BEST_OF if quick else (*BEST_OF, 128):
                 p = best_of_n(scores, n)
                 numbers = {"gold": (p * pool.gold).sum(1).mean()}
                 numbers["kl"] = kl_of_weights(p, pool.same)
@@ -305,44 +229,175 @@ def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
                 rows.append({"method": name, "setting": n, "seed": seed, **numbers})
     write_csv(rows, results / "frontier.csv")
     draw_frontier(rows, results / "frontier.png")
+    draw_safety(rows, results / "safety.png")
+    cost(results, bases, rows)
+    dpo_failures(results, bases, policies)
+
+
+def over_seeds(rows: list[dict], *names: str) -> list[tuple]:
+    """Per setting, in order: (setting, then for each name the values of all seeds)."""
+    settings = sorted({row["setting"] for row in rows})
+    at = [[row for row in rows if row["setting"] == setting] for setting in settings]
+    return [
+        (setting, *(np.array([row[name] for row in some]) for name in names))
+        for setting, some in zip(settings, at)
+    ]
 
 
 def draw_frontier(rows: list[dict], path: Path):
-    """Gold against KL."""
-    figure, axis = plt.subplots(figsize=(7, 4.6))
+    """Gold against KL: means over seeds, with bars from the lowest to the highest seed."""
+    figure, axis = plt.subplots(figsize=(7.5, 5))
     lines = {
         "exact frontier": dict(color="black", lw=1.5),
         "best of n by gold": dict(color="#0072B2", ls=":", marker="^", ms=4),
         "best of n by reward model": dict(color="#0072B2", marker="^", ms=4),
     }
     for name, style in lines.items():
-        for seed in sorted({row["seed"] for row in rows}):
-            mine = [row for row in rows if row["method"] == name and row["seed"] == seed]
-            mine = [row for row in mine if row.get("ess", 99) >= 10]
-            xy = [(row["kl"], row["gold"]) for row in mine]
-            axis.plot(*zip(*xy), label=name if seed == 0 else None, **style)
+        # Weights that rest on fewer than ten samples per prompt say little: not shown.
+        mine = [row for row in rows if row["method"] == name and row.get("ess", 99) >= 10]
+        xy = [(kl.mean(), gold.mean()) for _, kl, gold in over_seeds(mine, "kl", "gold")]
+        axis.plot(*zip(*xy), label=name, **style)
     for method, (colour, marker) in STYLE.items():
-        mine = [row for row in rows if row["method"] == method]
-        if not mine:
-            continue
-        x, y = [row["kl"] for row in mine], [row["gold"] for row in mine]
-        yerr = [[row["gold"] - row["gold_low"] for row in mine]]
-        yerr += [[row["gold_high"] - row["gold"] for row in mine]]
-        axis.errorbar(x, y, yerr, fmt=marker, color=colour, capsize=2, label=method)
-        for row in mine:
-            axis.annotate(f"{row['setting']:g}", (row["kl"], row["gold"]), (5, -9), **SMALL)
+        mine = over_seeds([row for row in rows if row["method"] == method], "kl", "gold")
+        for i, (setting, kl, gold) in enumerate(mine):
+            bars = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (gold, kl)]
+            label = method if i == 0 else None
+            axis.errorbar(
+                kl.mean(), gold.mean(), *bars, fmt=marker, color=colour, lw=1, label=label
+            )
+            axis.annotate(f"{setting:g}", (kl.mean(), gold.mean()), (6, -10), **SMALL)
     axis.set(xlabel="KL from SFT, nats per reply", ylabel="gold, SD of SFT samples")
-    axis.set_xlim(left=-0.1)
+    axis.set_xscale("symlog", linthresh=1, subs=[2, 3, 4, 5, 6, 8])
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1, 2, 4, 8], ["0", ".25", ".5", ".75", "1", "2", "4", "8"])
+    axis.set_xlim(left=-0.03)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.45, 0.02))
     save(figure, path)
+
+
+def draw_safety(rows: list[dict], path: Path):
+    """What each stage does to safety, beta by beta: declined harmful and harmless requests."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    panels = {
+        "harmful_declined": "harmful requests declined",
+        "harmless_declined": "harmless requests declined",
+    }
+    for axis, (column, title) in zip(axes, panels.items()):
+        sft = [row[column] for row in rows if row["method"] == "sft"]
+        axis.axhline(np.mean(sft), color="black", ls="--", lw=1, label="sft")
+        for method, (colour, marker) in STYLE.items():
+            mine = [row for row in rows if row["method"] == method and column in row]
+            if mine:
+                x, y = [r["setting"] for r in mine], [r[column] for r in mine]
+                band(axis, x, y, colour, marker, method)
+        axis.set(xlabel="beta", ylabel=title, xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def cost(results: Path, bases: list[Base], rows: list[dict]):
+    """PPO against DPO at their default beta: the gold that a second or a forward pass buys.
+
+    Both begin with the same SFT model and the same preferences, which are not counted. PPO needs a
+    reward model, which is.
+    """
+    table, curves = [], []
+    for row in rows:
+        if (row["method"], row.get("setting")) not in (("ppo", 0.15), ("dpo", 0.35)):
+            continue
+        folder, method = bases[row["seed"]].folder, row["method"]
+        costs = {
+            stage: json.loads((folder / stage / "cost.json").read_text())
+            for stage in ("rm", "ppo", "dpo")
+        }
+        before = costs["rm"] if method == "ppo" else {"seconds": 0, "forward_equivalents": 0}
+        line = {name: row[name] for name in ("method", "seed", "gold", "kl", "win_rate", "no_end")}
+        line["tokens"] = row["tokens"]
+        for unit in ("seconds", "forward_equivalents"):
+            line[unit] = costs[method][unit]
+            line[f"{unit} with reward model"] = line[unit] + before[unit]
+        line["peak_gb"] = costs[method]["peak_gb"]
+        line["models"] = 4 if method == "ppo" else 2  # policy, reference; reward model, critic
+        table.append(line)
+        job = Job(folder, method)
+        steps, gold = job.log("step", "gold"), job.log("gold")
+        share = (steps + 1) / (job.log("step")[-1] + 1)  # of the run: its steps cost the same
+        for done, value in zip(share, bases[row["seed"]].scaled(gold)):
+            point = {"method": method, "seed": row["seed"], "gold": value}
+            for unit in ("seconds", "forward_equivalents"):
+                point[unit] = before[unit] + done * costs[method][unit]
+            curves.append(point)
+    write_csv(table, results / "cost.csv")
+    write_csv(curves, results / "cost_curves.csv")
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    units = {"seconds": "seconds", "forward_equivalents": "millions of forward passes of a token"}
+    for axis, (unit, title) in zip(axes, units.items()):
+        for method in ("ppo", "dpo"):
+            colour, marker = STYLE[method]
+            for seed in range(len(bases)):
+                mine = [p for p in curves if p["method"] == method and p["seed"] == seed]
+                x = [p[unit] / (1 if unit == "seconds" else 1e6) for p in mine]
+                label = {"ppo": "ppo, after its reward model", "dpo": "dpo"}[method]
+                y = [p["gold"] for p in mine]
+                style = dict(color=colour, marker=marker, ms=3, lw=1)
+                axis.plot(x, y, label=None if seed else label, **style)
+        axis.set(xlabel=title)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("gold of samples, SD of SFT samples")
+    axes[0].legend(fontsize=8)
+    save(figure, results / "cost.png")
+
+
+def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
+    """DPO along its training: what goes wrong at a small beta, and what cures it.
+
+    The chosen replies become less likely, too, replies grow longer, ends vanish. The cures: NLL of
+    the chosen reply added, IPO, and to stop early, which is to read a curve further to the left.
+    """
+    rows = []
+    for method, beta, seed, job in policies:
+        if method != "ppo" and beta in (0.1, 1.0):
+            columns = ("step", "gold", "kl", "length", "no_end", "chosen", "rejected")
+            for values in zip(*(job.log(name, "gold") for name in columns)):
+                row = {
+                    "method": method,
+                    "setting": beta,
+                    "seed": seed,
+                    **dict(zip(columns, values)),
+                }
+                row["gold"] = float(bases[seed].scaled(row["gold"]))
+                rows.append(row)
+    write_csv(rows, results / "dpo.csv")
+    panels = {
+        "gold": UNITS["gold"],
+        "kl": UNITS["kl"],
+        "length": UNITS["length"],
+        "no_end": UNITS["no_end"],
+        "chosen": "chosen: log-ratio to SFT, nats",
+        "rejected": "rejected: log-ratio to SFT, nats",
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.2))
+    for axis, (column, title) in zip(axes.flat, panels.items()):
+        for method, beta in sorted({(row["method"], row["setting"]) for row in rows}):
+            colour, marker = STYLE[method] if beta == 0.1 else ("black", "s")
+            mine = [r for r in rows if (r["method"], r["setting"]) == (method, beta)]
+            x, y = [r["step"] + 1 for r in mine], [r[column] for r in mine]
+            band(axis, x, y, colour, marker, f"{method}, beta {beta:g}")
+        axis.set(xlabel="step", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    save(figure, results / "dpo.png")
 
 
 def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool):
     """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
 
     Reward models of 250, 1,000 and 4,000 pairs, with a quarter of the labels flipped, and with one
-    layer. x is d = sqrt(KL); the curves of Gao et al. 2023 (equations 1 and 2) are fitted to gold.
+    layer, all trained for equally many steps. x is d = sqrt(KL); the curves of Gao et al. 2023
+    (equations 1 and 2) are fitted to gold.
     """
     judges = {  # name: (pairs, share flipped, layers)
         "250 pairs": (250, 0.0, 0),
@@ -359,14 +414,13 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
             pairs = some_pairs(base.pairs, count, flip, seed)
             where = folder / f"{name}, seed {seed}"
             common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
-            epochs = max(2, round(4000 / count))
-            rm = {**common, "epochs": min(epochs, 6), "batch_size": 32, "n_layer": layers}
-            ppo = {**common, "iterations": 60 if quick else 120, "rollouts": 64, "beta": 0.0}
-            dpo = {**common, "epochs": epochs, "batch_size": 32, "beta": 0.05, "eval_every": 10}
+            rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
+            ppo = {**common, "iterations": 60, "rollouts": 64, "minibatch": 32, "beta": 0.0}
+            dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05}
             jobs = [
-                Job(where, "rm", {**rm, "warmup": 5}, 0.2 + count / 5000, pairs),
-                Job(where, "ppo", {**ppo, "minibatch": 32}, ppo["iterations"] / 50),
-                Job(where, "dpo", dpo, 1.2, pairs),
+                Job(where, "rm", rm, 0.6, pairs),
+                Job(where, "ppo", ppo, 1.1),
+                Job(where, "dpo", {**dpo, "eval_every": 10}, 0.6, pairs),
             ]
             runs.append((name, seed, *jobs))
     run_jobs([job for _, _, *jobs in runs for job in jobs])
@@ -389,7 +443,33 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
             numbers["proxy"] = (p * scores).sum(1).mean()
             rows.append({"judge": name, "seed": seed, "method": "best of n", **numbers})
     write_csv(rows, results / "overoptimisation.csv")
+    write_csv(peaks(rows), results / "peaks.csv")
     draw_overoptimisation(rows, list(judges), results / "overoptimisation.png")
+
+
+def peaks(rows: list[dict]) -> list[dict]:
+    """Per judge, seed and method: where gold is highest, where it ends, and the fit.
+
+    PPO and DPO are noisy, so both are means over five neighbouring points of the run.
+    """
+    table = []
+    for judge, seed, method in dict.fromkeys((r["judge"], r["seed"], r["method"]) for r in rows):
+        mine = [r for r in rows if (r["judge"], r["seed"], r["method"]) == (judge, seed, method)]
+        width = 1 if method == "best of n" else 5
+        kl, gold = (
+            np.convolve([r[name] for r in mine], np.ones(width) / width, "valid")
+            for name in ("kl", "gold")
+        )
+        top = gold.argmax()
+        line = {"judge": judge, "seed": seed, "method": method, "peak_kl": kl[top]}
+        line |= {"peak_gold": gold[top], "last_kl": kl[-1], "last_gold": gold[-1]}
+        if method != "dpo":
+            proxy = np.convolve([r["proxy"] for r in mine], np.ones(width) / width, "valid")
+            line |= {"peak_proxy": proxy[top], "last_proxy": proxy[-1]}
+        d = np.sqrt(np.maximum([r["kl"] for r in mine], 0))
+        alpha, beta, r2 = fit(method, d, np.array([r["gold"] for r in mine]))
+        table.append({**line, "alpha": alpha, "beta": beta, "r2": r2})
+    return table
 
 
 def some_pairs(pairs: list[dict], count: int, flip: float, seed: int) -> list[dict]:
@@ -417,8 +497,8 @@ def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, flo
 
 def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
     """One panel per reward model: proxy (hollow) and gold (filled, with its fit)."""
-    figure, axes = plt.subplots(1, len(judges), figsize=(4 * len(judges), 3.8), sharey=True)
-    for axis, judge in zip(np.atleast_1d(axes), judges):
+    figure, axes = plt.subplots(1, len(judges), figsize=(3.4 * len(judges), 3.8), sharey=True)
+    for axis, judge in zip(axes, judges):
         for method in ("ppo", "dpo", "best of n"):
             colour, marker = STYLE[method]
             mine = [r for r in rows if r["judge"] == judge and r["method"] == method]
@@ -432,10 +512,10 @@ def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
                 x = np.linspace(0.02, d.max(), 100)
                 slope = beta * x if method == "best of n" else beta * np.log(x)
                 axis.plot(x, x * (alpha - slope), color=colour, lw=1, label=f"fit, R² {r2:.2f}")
-        axis.set(title=judge, xlabel="square root of the KL from SFT, nats")
+        axis.set(title=judge, xlabel="square root of the KL from SFT (nats)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    np.atleast_1d(axes)[0].set_ylabel("SD of SFT samples")
+        axis.legend(fontsize=6)
+    axes[0].set_ylabel("SD of SFT samples")
     save(figure, path)
 
 
@@ -459,16 +539,13 @@ def tasks(folder: Path, results: Path, bases: list[Base], quick: bool):
     held = [name for name, kind in KINDS.items() if kind.held_out]
     for count, kinds, seed, job in runs:
         model = Stage("sft", job.folder, 48)
-        others = [kind for kind in TRAIN_KINDS if kind not in kinds]
         groups = {
-            "trained kinds": (kinds, False),
-            "trained kinds, new wordings": (kinds, True),
-            "the other kinds of the town": (others, False),
+            "all kinds of the mixture": (kinds, False),
+            f"{TRAIN_KINDS[0]}, which all mixtures have": (TRAIN_KINDS[:1], False),
+            f"{TRAIN_KINDS[0]}, new wordings": (TRAIN_KINDS[:1], True),
             "kinds that no mixture has": (held, False),
         }
         for group, (names, worded) in groups.items():
-            if not names:
-                continue
             how = {"split": "test", "unseen_wording": worded}
             asked = draw_tasks(300, f"experiment {group}", ",".join(names), **how)
             replies = model.answer([task.prompt for task in asked], 0.0, 0)
@@ -501,17 +578,18 @@ BUGS = {  # name: (options, edit)
         {},
         ("train_ppo.py", "new_tokens, seed, cfg.temperature)", "new_tokens, seed, 0.7)"),
     ),
-    "no end: score kept": (
-        {},
-        ("train_ppo.py", "torch.where(ended, proxy, cfg.no_end_score)", "proxy"),
-    ),
+    "learning rate ten times too high": ({"lr": 3e-3}, ()),
     "score at the first token": (
         {},
         ("train_ppo.py", "device=mask.device)).argmax(1)", "device=mask.device)).sign().argmax(1)"),
     ),
-    "advantages of any scale": (
+    "score at every token": (
         {},
-        ("train_ppo.py", "advantages = whiten(advantages, mask)", "advantages = 10 * advantages"),
+        (
+            "train_ppo.py",
+            "[torch.arange(len(rewards)), last] += scores",
+            " += scores[:, None] * mask",
+        ),
     ),
 }
 
@@ -547,6 +625,8 @@ def broken(folder: Path, results: Path, bases: list[Base], quick: bool):
             x, y = [row["step"] for row in mine], [row[column] for row in mine]
             band(axis, x, y, colour, None, name, dash)
         axis.set(xlabel="iteration", ylabel=UNITS[column])
+        if column == "kl":
+            axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     save(figure, results / "broken.png")

@@ -21,6 +21,7 @@ torch.set_num_threads(1)  # the models are so small that a second thread only ge
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="also run the tests that take long")
+    parser.addoption("--chain", type=Path, help="a folder of finished default runs, for --check")
 
 
 def pytest_configure(config):

@@ -12,9 +12,9 @@ from data.experiments import (
     exact_frontier,
     fit,
     kl_of_weights,
-    plant,
     some_pairs,
 )
+from data.jobs import plant
 
 
 def test_frontier_of_gaussian_gold_is_the_closed_form():

@@ -145,7 +145,7 @@ def test_logprobs_are_those_of_the_response_tokens_at_the_temperature(tiny):
     tokens = torch.randint(50, (3, 9))
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[0, 2:5] = mask[1, 0:8] = mask[2, 7] = True
-    logprobs, entropy = response_logprobs(tiny, tokens, mask, temperature=0.7)
+    logprobs, entropy = response_logprobs(tiny(tokens[:, :-1]), tiny.head, tokens, mask, 0.7)
     for b in range(3):
         for t in range(8):
             p = ((tiny(tokens[b : b + 1, : t + 1])[0, -1] @ tiny.head.T) / 0.7).log_softmax(0)
@@ -163,7 +163,8 @@ def test_sampling_and_scoring_agree_on_log_probabilities(tiny):
     for prompt, reply, given in zip(prompts, replies, sampled):
         tokens = torch.tensor([prompt + reply])
         mask = torch.tensor([[False] * (len(prompt) - 1) + [True] * len(reply)])
-        logprobs, _ = response_logprobs(tiny, tokens, mask, temperature=0.8)
+        hidden = tiny(tokens[:, :-1])
+        logprobs, _ = response_logprobs(hidden, tiny.head, tokens, mask, temperature=0.8)
         torch.testing.assert_close(logprobs[mask], torch.tensor(given), atol=1e-4, rtol=1e-4)
 
 
@@ -179,8 +180,10 @@ def test_exact_kl_is_the_sum_over_the_vocabulary_and_zero_to_itself(tiny):
     p = (tiny(tokens) @ tiny.head.T).softmax(-1)[:, :-1]
     q = (other(tokens) @ other.head.T).softmax(-1)[:, :-1]
     slow = ((p * (p / q).log()).sum(-1) * mask).sum(1)
-    torch.testing.assert_close(exact_kl(tiny, other, tokens, mask, 1.0), slow, atol=1e-5, rtol=1e-4)
-    assert (exact_kl(tiny, tiny, tokens, mask, 1.0) == 0).all()
+    hidden, other_hidden = tiny(tokens[:, :-1]), other(tokens[:, :-1])
+    kl = exact_kl(hidden, tiny.head, other_hidden, other.head, mask, 1.0)
+    torch.testing.assert_close(kl, slow, atol=1e-5, rtol=1e-4)
+    assert (exact_kl(hidden, tiny.head, hidden, tiny.head, mask, 1.0) == 0).all()
 
 
 def test_k1_and_k3_have_the_exact_kl_as_their_mean():
