@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 
 @dataclass
@@ -52,10 +53,12 @@ class Cache:
     alignment: a query at position p looks at indices 0..p, and whatever lies beyond is masked.
     """
 
-    def __init__(self, config: GPTConfig, n_rows: int, length: int, like: torch.Tensor):
+    def __init__(self, model: "GPT", n_rows: int, length: int):
+        config, weight = model.config, model.wte.weight
         hs = config.n_embd // config.n_head
-        shape = (config.n_layer, n_rows, length, config.n_head, hs)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, T, nh, hs)
+        shape = config.n_layer, n_rows, length, config.n_head, hs  # (L, B, T, nh, hs)
+        dtype = torch.bfloat16 if model.bf16 else weight.dtype
+        self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in "kv")
 
     def rows(self, rows: slice) -> "Cache":
         """A view of some rows, for reading prompts in groups of similar length."""
@@ -122,7 +125,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids -> hidden states. Module names are GPT-2's, so its weights load by name."""
+    """Token ids -> hidden states. Module names are GPT-2's, so its weights load by name.
+
+    Two switches change what a pass costs, and not what it means. bf16: matrices are multiplied in
+    bfloat16 (weights, norms and the residual stream stay float32). recompute: activations inside
+    blocks are not kept for the backward pass, which computes them again (Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174): a third more arithmetic, a fraction of the memory.
+    """
+
+    bf16 = recompute = False
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -156,7 +167,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: torch.Tensor, cache: Cache | None = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """idx (B, T) int64 -> hidden states after the final norm (B, T, C).
+        """idx (B, T) int64 -> hidden states after the final norm (B, T, C), bfloat16 with bf16.
 
         Column t is position t and sees columns 0..t; a cache, if there is one, keeps what later
         tokens will look at. With positions (B,), T is 1: the next token of every row, which sees
@@ -174,9 +185,14 @@ class GPT(nn.Module):
             later = index > positions[:, None]  # (B, end)
             mask = torch.zeros_like(later, dtype=x.dtype).masked_fill(later, -math.inf)
             mask = mask[:, None, None]  # (B, 1, 1, end), added to the scores of all heads
-        for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, positions, mask)
-        return self.ln_f(x)
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer, block in enumerate(self.h):
+                if self.recompute and torch.is_grad_enabled():
+                    x = recomputed(block, x, layer, use_reentrant=False)
+                else:
+                    x = block(x, layer, cache, positions, mask)
+        x = self.ln_f(x)
+        return x.bfloat16() if self.bf16 else x
 
 
 class ScalarModel(nn.Module):
@@ -216,7 +232,8 @@ class ScalarModel(nn.Module):
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """idx (B, T) -> scores (B, T), float32."""
-        raw = self.score(self.gpt(idx)).squeeze(-1).float()  # (B, T, C) -> (B, T)
+        hidden = self.gpt(idx).to(self.score.weight.dtype)  # (B, T, C)
+        raw = self.score(hidden).squeeze(-1).float()  # (B, T)
         return (raw - self.mean) / self.sd
 
 
@@ -284,13 +301,14 @@ def generate(
                 f"a prompt of {len(ids)} tokens: the context of {context} has room "
                 f"for 1 to {context - 1}"
             )
+    forward = model.forward  # not model(...), which torch.compile may have made for long sequences
     replies, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch_size):
         rows = by_length[start : start + batch_size]  # prompts of similar length: little padding
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
         longest = min(int(lengths.max()) + max_new_tokens, context)
-        cache = Cache(model.config, len(rows), longest, model.wte.weight)
+        cache = Cache(model, len(rows), longest)
 
         # Read the prompts, 32 rows at a time, and keep the hidden state of each last token.
         last = []
@@ -300,14 +318,15 @@ def generate(
             idx = torch.tensor(
                 [prompts[i] + [0] * (width - len(prompts[i])) for i in rows[group]], device=device
             )
-            hidden = model(idx, cache.rows(group))  # (32, width, C)
+            hidden = forward(idx, cache.rows(group))  # (32, width, C)
             last.append(hidden[torch.arange(len(idx)), lengths[group] - 1])
         last = torch.cat(last)  # (B, C)
 
         # Add one token to every row until all have ended.
         positions = lengths  # where the next token of each row goes
         for n in range(max_new_tokens):
-            ids, lp = sample(last @ model.head.T, temperature, top_k, top_p, generator)
+            logits = last.to(model.head.dtype) @ model.head.T  # (B, V), never in bfloat16
+            ids, lp = sample(logits, temperature, top_k, top_p, generator)
             for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
                 replies[i].append(token)
                 logprobs[i].append(logprob)
@@ -328,7 +347,7 @@ def generate(
                 cache = cache.rows(slice(n_alive))
                 rows = [rows[i] for i in keep.tolist()]
                 ids, positions = ids[keep], positions[keep]
-            last = model(ids[:, None], cache, positions).squeeze(1)
+            last = forward(ids[:, None], cache, positions).squeeze(1)
             positions = positions + 1
     return replies, logprobs
 

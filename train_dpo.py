@@ -52,7 +52,9 @@ from train_pretrain import (
     my_share,
     on_first_rank,
     pick_device,
+    pieces,
     run_script,
+    set_speed,
     step_optimizers,
     sum_over_ranks,
 )
@@ -71,6 +73,7 @@ class Config:
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss
     # optimisation
     batch_size: int = 64  # pairs per step
+    microbatch: int = 0  # pairs per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 1  # passes over the data
     lr: float = 2.5e-4  # peak learning rate (AdamW)
     warmup: int = 10  # steps until the peak
@@ -81,6 +84,9 @@ class Config:
     eval_every: int = 40  # steps between evaluations on samples
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
+    recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
+    compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs; this one writes to out/dpo
     resume: bool = False  # go on with an interrupted run
     check: bool = False  # compare the curves with those of right runs, in data/expected/
@@ -129,6 +135,7 @@ def main(cfg: Config) -> dict:
     init = cfg.init or f"{cfg.out}/sft/ckpt.pt"
     model, checkpoint = load_model(init, device)
     ref, _ = load_model(init, device)
+    set_speed(cfg, model, ref)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -227,17 +234,22 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
-        losses, log_ratios = losses_of([rows[i] for i in my_share(batches[step])])
-        loss = losses.mean()
-        chosen, rejected = log_ratios
+        mine = [rows[i] for i in my_share(batches[step])]
+        loss, log_ratios = 0.0, []
+        for part in pieces(mine, cfg.microbatch):
+            losses, part_log_ratios = losses_of(part)
+            (losses.sum() / len(mine)).backward()
+            loss += losses.sum().item() / len(mine)
+            log_ratios.append(part_log_ratios)
+        chosen, rejected = log_ratios = torch.cat(log_ratios, 1)  # (2, B)
         if step == 0:
-            assert log_ratios.abs().max() < 1e-3, "policy and reference start as the same model"
+            rounding = 1.0 if cfg.bf16 else 1e-3
+            assert log_ratios.abs().max() < rounding, "policy and reference start as the same model"
             if cfg.loss == "dpo" and not cfg.nll:
-                assert abs(loss.item() - math.log(2)) < 1e-4, "margin 0, so the loss is ln 2"
-        loss.backward()
+                assert abs(loss - math.log(2)) < rounding, "margin 0, so the loss is ln 2"
         grad_norm = average_gradients(model, cfg.grad_clip)
         numbers = {
-            "loss": loss.item(),
+            "loss": loss,
             "margin": cfg.beta * (chosen - rejected).mean(),
             "accuracy": (chosen > rejected).float().mean(),
             "chosen": chosen.mean(),

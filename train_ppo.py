@@ -50,6 +50,7 @@ from train_pretrain import (
     my_share,
     pick_device,
     run_script,
+    set_speed,
     step_optimizers,
     sum_over_ranks,
 )
@@ -89,6 +90,9 @@ class Config:
     eval_every: int = 10  # iterations between greedy evaluations on held-out prompts
     save_every: int = 10  # iterations between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
+    recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
+    compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs; this one writes to out/ppo
     resume: bool = False  # go on with an interrupted run
     check: bool = False  # compare the curves with those of right runs, in data/expected/
@@ -124,8 +128,10 @@ def exact_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
 
     What log pi - log pi_ref of the sampled tokens estimates. For the log only: it needs all logits.
     """
-    logp = (hidden[mask] @ head.T / temperature).float().log_softmax(-1)  # (N, V), of N tokens
-    logref = (ref_hidden[mask] @ ref_head.T / temperature).float().log_softmax(-1)
+    logp = (
+        (hidden[mask].to(head.dtype) @ head.T / temperature).float().log_softmax(-1)
+    )  # (N, V), of N tokens
+    logref = (ref_hidden[mask].to(head.dtype) @ ref_head.T / temperature).float().log_softmax(-1)
     kl = mask.new_zeros(mask.shape, dtype=torch.float32)
     kl[mask] = (logp.exp() * (logp - logref)).sum(-1)
     return kl.sum(1)
@@ -256,6 +262,8 @@ def main(cfg: Config) -> dict:
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw),
     }
     kl_coefficient = KLCoefficient(cfg.beta, cfg.target_kl)
+    set_speed(cfg, policy, ref, critic, *([reward_model] if cfg.reward == "rm" else []))
+    rounding = 0.1 if cfg.bf16 else 1e-5  # how far equal log-probabilities may be apart
 
     # ---- prompts
     if cfg.data:
@@ -347,7 +355,7 @@ def main(cfg: Config) -> dict:
         kl = log_ratio.sum(1)  # (B,): k1, summed over the reply
         kl_k3 = k3(log_ratio).sum(1)
         if iteration == 0:
-            assert kl_exact.abs().max() < 1e-5, "policy and reference start as the same model"
+            assert kl_exact.abs().max() < rounding, "policy and reference start as the same model"
         beta = kl_coefficient.beta
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
@@ -390,7 +398,7 @@ def main(cfg: Config) -> dict:
                 if epoch == 0 and first == 0:
                     sum_over_ranks(ratio_errors)
                     worst = ratio_errors.max().item()
-                    assert worst < 1e-5, f"a ratio is off by {worst} before any update"
+                    assert worst < rounding, f"a ratio is off by {worst} before any update"
                 norms = [average_gradients(model, cfg.grad_clip) for model in (policy, critic)]
                 measured.append([*numbers.tolist(), *norms])
                 step_optimizers(

@@ -67,6 +67,7 @@ class Config:
     n_embd: int = 128  # channels
     # optimisation
     batch_size: int = 32  # sequences per step
+    microbatch: int = 0  # sequences per forward pass; gradients add up to the batch (0 = all)
     steps: int = 750  # optimizer steps
     optimizer: str = "muon"  # of the matrices inside the blocks: muon or adamw
     muon_lr: float = 0.04  # peak learning rate of the matrices under Muon
@@ -79,6 +80,9 @@ class Config:
     eval_every: int = 100  # steps between validations
     save_every: int = 100  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
+    recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
+    compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs; this one writes to out/pretrain
     resume: bool = False  # go on with an interrupted run
     check: bool = False  # compare the curves with those of right runs, in data/expected/
@@ -216,7 +220,25 @@ def on_first_rank(function, *args):
         distributed.barrier()
 
 
-# ---- Optimizers and learning rate
+# ---- Speed, optimizers and learning rate
+
+
+def set_speed(cfg, *models):
+    """What --bf16, --recompute and --compile ask of models, GPTs or scalar ones, that are loaded.
+
+    None of them changes the names or the dtype of the weights, so checkpoints stay the same.
+    """
+    for model in models:
+        gpt = getattr(model, "gpt", model)
+        gpt.bf16, gpt.recompute = cfg.bf16, cfg.recompute
+        if cfg.compile:
+            gpt.compile()
+
+
+def pieces(batch, size: int) -> list:
+    """A batch in parts of at most `size` rows (0: all at once), whose gradients add up."""
+    size = size or len(batch)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:
@@ -569,6 +591,7 @@ def main(cfg: Config) -> dict:
         shape = cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd
         model = GPT(GPTConfig(tokenizer.n_vocab, *shape)).to(device)
     model.train()
+    set_speed(cfg, model)
     if token_files:
         if tokenizer.state["kind"] != "gpt2":
             raise SystemExit(f"{cfg.data} holds ids of GPT-2: add --tokenizer gpt2 or --init gpt2")
@@ -601,13 +624,17 @@ def main(cfg: Config) -> dict:
         rng = np.random.default_rng([cfg.seed, step])
         mine = my_share(rng.choice(starts, cfg.batch_size))
         rows = [train[i : i + cfg.context + 1] for i in mine]
-        idx = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
-        hidden = model(idx[:, :-1])  # (B, T, C): what the model knows after reading token t ...
-        target = idx[:, 1:]  # ... and the token t + 1 that it must predict from it
-        loss = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
-        loss.backward()
+        loss = 0.0
+        for part in pieces(torch.from_numpy(np.stack(rows).astype(np.int64)), cfg.microbatch):
+            idx = part.to(device)  # (B, T + 1)
+            hidden = model(idx[:, :-1])  # (B, T, C): what the model knows after reading token t ...
+            target = idx[:, 1:]  # ... and the token t + 1 that it must predict from it
+            mean = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
+            part_loss = mean * len(part) / len(mine)
+            part_loss.backward()
+            loss += part_loss.item()
         grad_norm = average_gradients(model, cfg.grad_clip)
-        run.log(step, **mean_over_ranks(device, loss=loss.item()), grad_norm=grad_norm)
+        run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
         step_optimizers(optimizers.values(), lr_at(step, cfg.steps, cfg.warmup))
         run.forwards += 3 * cfg.batch_size * cfg.context  # forward 1, backward 2
 

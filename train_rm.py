@@ -42,7 +42,9 @@ from train_pretrain import (
     my_share,
     on_first_rank,
     pick_device,
+    pieces,
     run_script,
+    set_speed,
     step_optimizers,
 )
 
@@ -56,6 +58,7 @@ class Config:
     n_layer: int = 0  # blocks of the reward model, from the bottom (0 = all of the SFT model's)
     # optimisation
     batch_size: int = 64  # pairs per step
+    microbatch: int = 0  # pairs per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 2  # passes over the pairs; reward models overfit soon
     lr: float = 5e-4  # peak learning rate (AdamW)
     warmup: int = 20  # steps until the peak
@@ -66,6 +69,9 @@ class Config:
     eval_every: int = 50  # steps between evaluations on held-out pairs
     save_every: int = 100  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
+    recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
+    compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs; this one writes to out/rm
     resume: bool = False  # go on with an interrupted run
     check: bool = False  # compare the curves with those of right runs, in data/expected/
@@ -134,6 +140,7 @@ def main(cfg: Config) -> dict:
     sft, checkpoint = load_model(init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     model = ScalarModel.from_gpt(sft, cfg.n_layer).to(device).train()
+    set_speed(cfg, sft, model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -162,21 +169,21 @@ def main(cfg: Config) -> dict:
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
-        # One forward pass for both sides, so that they are treated alike.
         mine = my_share(batch)
-        sequences = [row["chosen_ids"] for row in mine] + [row["rejected_ids"] for row in mine]
-        chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(2, -1)
-        loss = preference_loss(chosen, rejected)
+        loss = accuracy = 0.0
+        for part in pieces(mine, cfg.microbatch):
+            # One forward pass for both sides, so that they are treated alike.
+            sequences = [row["chosen_ids"] for row in part] + [row["rejected_ids"] for row in part]
+            chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(2, -1)
+            part_loss = preference_loss(chosen, rejected) * len(part) / len(mine)
+            part_loss.backward()
+            loss += part_loss.item()
+            accuracy += (chosen > rejected).sum().item() / len(mine)
         if step == 0:
-            assert abs(loss.item() - math.log(2)) < 1e-6, "the head starts at 0: loss ln 2"
-        loss.backward()
+            assert abs(loss - math.log(2)) < 1e-6, "the head starts at 0: loss ln 2"
         grad_norm = average_gradients(model, cfg.grad_clip)
-        accuracy = (chosen > rejected).float().mean()
-        run.log(
-            step,
-            **mean_over_ranks(device, loss=loss.item(), accuracy=accuracy),
-            grad_norm=grad_norm,
-        )
+        numbers = mean_over_ranks(device, loss=loss, accuracy=accuracy)
+        run.log(step, **numbers, grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         n_tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in batch)
         run.forwards += 3 * n_tokens * model.config.n_layer / sft.config.n_layer

@@ -36,7 +36,9 @@ from train_pretrain import (
     mean_over_ranks,
     my_share,
     pick_device,
+    pieces,
     run_script,
+    set_speed,
     step_optimizers,
 )
 
@@ -50,6 +52,7 @@ class Config:
     tasks: str = ""  # mixture of kinds, like story:3,one_sum ("" = all, equally)
     # optimisation
     batch_size: int = 48  # conversations per step
+    microbatch: int = 0  # conversations per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 2  # passes over the data
     lr: float = 2e-3  # peak learning rate (AdamW)
     warmup: int = 20  # steps until the peak
@@ -60,6 +63,9 @@ class Config:
     eval_every: int = 200  # steps between validations
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
+    recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
+    compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs; this one writes to out/sft
     resume: bool = False  # go on with an interrupted run
     check: bool = False  # compare the curves with those of right runs, in data/expected/
@@ -91,6 +97,7 @@ def main(cfg: Config) -> dict:
     # ---- model
     model, checkpoint = load_model(cfg.init or f"{cfg.out}/pretrain/ckpt.pt", device)
     model.train()
+    set_speed(cfg, model)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -128,15 +135,18 @@ def main(cfg: Config) -> dict:
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
-        tokens, mask = tensors(my_share(batch))
-        # Every token of the batch counts the same, on whichever rank it is.
+        # Every token of the batch counts the same, on whichever rank and in whichever part it is.
         tokens_per_rank = sum(sum(row["mask"]) for row in batch) / WORLD
-        loss = sft_loss(model, tokens, mask, reduction="sum") / tokens_per_rank
-        loss.backward()
+        loss = 0.0
+        for part in pieces(my_share(batch), cfg.microbatch):
+            tokens, mask = tensors(part)
+            part_loss = sft_loss(model, tokens, mask, reduction="sum") / tokens_per_rank
+            part_loss.backward()
+            loss += part_loss.item()
+            run.forwards += 3 * tokens.numel() * WORLD  # forward 1, backward 2
         grad_norm = average_gradients(model, cfg.grad_clip)
-        run.log(step, **mean_over_ranks(device, loss=loss.item()), grad_norm=grad_norm)
+        run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
-        run.forwards += 3 * tokens.numel() * WORLD  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             with torch.no_grad():

@@ -60,7 +60,7 @@ def test_initial_weights_have_the_deviations_of_gpt2():
 def test_cached_and_uncached_hidden_states_agree_for_rows_of_mixed_length(tiny):
     lengths = [3, 9, 6]
     rows = [torch.randint(50, (n + 5,)) for n in lengths]
-    cache = Cache(tiny.config, 3, 14, tiny.wte.weight)
+    cache = Cache(tiny, 3, 14)
     prompt = torch.zeros(3, 9, dtype=torch.int64)
     for row, n, ids in zip(prompt, lengths, rows):
         row[:n] = ids[:n]  # padded on the right with an ordinary token

@@ -1,0 +1,118 @@
+"""Options that change what a run costs, and not what it computes."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from gpt import generate
+from kernels import linear_cross_entropy
+from tiny_runs import SCRIPTS, TINY, run
+from train_ppo import response_logprobs
+from train_pretrain import pieces
+
+
+def gradients(model, tokens):
+    model.zero_grad()
+    hidden = model(tokens[:, :-1])
+    loss = linear_cross_entropy(hidden.flatten(0, 1), model.head, tokens[:, 1:].flatten())
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_recomputed_activations_give_the_same_bits(tiny):
+    tokens = torch.randint(50, (3, 20))
+    loss, expected = gradients(tiny, tokens)
+    tiny.recompute = True
+    again, found = gradients(tiny, tokens)
+    assert again == loss
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_recomputing_keeps_fewer_activations_for_the_backward_pass(tiny):
+    def bytes_kept():
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
+        ):
+            tiny(torch.randint(50, (3, 20)))
+        return sum(kept.values())
+
+    usual = bytes_kept()
+    tiny.recompute = True
+    assert bytes_kept() < usual / 3
+
+
+def test_in_bfloat16_only_products_are_rounded(tiny):
+    tokens = torch.randint(50, (3, 20))
+    loss, expected = gradients(tiny, tokens)
+    tiny.bf16 = True
+    assert tiny(tokens).dtype == torch.bfloat16
+    rounded, found = gradients(tiny, tokens)
+    assert rounded == pytest.approx(loss, rel=0.01) and rounded != loss
+    for name in expected:
+        assert found[name].dtype == torch.float32
+        assert (found[name] - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-6, name
+
+
+def test_in_bfloat16_sampling_and_scoring_nearly_agree(tiny):
+    """Sampling computes logits in float32 from bfloat16 states, and so does the fused head."""
+    tiny.bf16 = True
+    replies, sampled = generate(tiny, [[1, 2, 3]] * 20, 8, temperature=1.0)
+    for reply, given in zip(replies, sampled):
+        tokens = torch.tensor([[1, 2, 3] + reply])
+        mask = torch.tensor([[False] * 2 + [True] * len(reply)])
+        logprobs, _ = response_logprobs(tiny(tokens[:, :-1]), tiny.head, tokens, mask, 1.0)
+        torch.testing.assert_close(logprobs[mask], torch.tensor(given), atol=0.1, rtol=0)
+
+
+def test_pieces_of_a_batch():
+    assert pieces([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert pieces([1, 2, 3], 0) == [[1, 2, 3]]
+
+
+def logged(folder, stage, column):
+    with open(folder / stage / "log.csv") as file:
+        return np.array([float(row[column]) for row in csv.DictReader(file) if row[column]])
+
+
+@pytest.fixture
+def after_sft(chain, tmp_path):
+    """A folder in which every stage can run, and change nothing in the chain that all share."""
+    for name in ("pretrain", "sft", "rm", "preferences.jsonl"):
+        here = tmp_path / name
+        shutil.copytree(chain / name, here) if "." not in name else shutil.copy(chain / name, here)
+    return tmp_path
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])
+def test_microbatches_add_up_to_the_batch(chain, after_sft, stage):
+    """3 divides none of the batch sizes: the last part is smaller and must count for less."""
+    run(stage, after_sft, microbatch=3)
+    for column in ("loss", "grad_norm"):
+        found, expected = logged(after_sft, stage, column), logged(chain, stage, column)
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_every_stage_runs_in_bfloat16_with_recomputed_activations(chain, after_sft, stage):
+    run(stage, after_sft, bf16=True, recompute=True)
+    column = "value_loss" if stage == "ppo" else "loss"
+    first, expected = (logged(folder, stage, column)[0] for folder in (after_sft, chain))
+    assert first == pytest.approx(expected, rel=0.05)
+    saved = torch.load(after_sft / stage / "ckpt.pt", weights_only=True)["model"]
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "ppo"])
+def test_compiled_a_stage_learns_the_same(chain, after_sft, stage):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    assert "compile" in SCRIPTS[stage].Config.__dataclass_fields__ and stage in TINY
+    run(stage, after_sft, compile=True)
+    column = "value_loss" if stage == "ppo" else "loss"
+    found, expected = logged(after_sft, stage, column), logged(chain, stage, column)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
