@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tiny_runs import SCRIPTS, TINY, run
 
 from gpt import generate
 from kernels import linear_cross_entropy
-from tiny_runs import SCRIPTS, TINY, run
 from train_ppo import response_logprobs
 from train_pretrain import pieces
 
