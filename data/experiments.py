@@ -1,12 +1,18 @@
 """What alignment does, in pictures: how far one can get, over-optimisation, PPO against DPO.
 
     python -m data.experiments --quick         one seed; after the README's command
-    python -m data.experiments                 three seeds, hours on two cores
-    python -m data.experiments --only tasks    one of: frontier, overoptimisation, tasks, broken
+    python -m data.experiments                 three seeds, two hours on two cores
+    python -m data.experiments --only tasks    one of these:
+
+    frontier           PPO, DPO and best-of-n under the best that any policy can do (frontier.*),
+                       their safety (safety.png), their cost (cost.*), how DPO fails (dpo.*)
+    overoptimisation   no KL penalty, weak reward models (overoptimisation.*, peaks.csv)
+    tasks              does SFT on more kinds of task help on unseen ones? (tasks.*)
+    broken             PPO with one thing wrong at a time (broken.*)
 
 Every experiment is a handful of runs of the five scripts with other options, one after another. A
 run that is done is not done again, one that was stopped goes on, and Ctrl-C loses nothing. Results
-are NAME.csv and NAME.png in out/experiments/ (or --results), the runs are in folders beside them.
+are CSV and PNG files in out/experiments/ (or --results), the runs are in folders beside them.
 
 All gold is in SD of the base's SFT samples, whose mean is 0; KL is in nats per reply, from SFT.
 """
@@ -415,7 +421,8 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
             where = folder / f"{name}, seed {seed}"
             common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
             rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
-            ppo = {**common, "iterations": 60, "rollouts": 64, "minibatch": 32, "beta": 0.0}
+            ppo = {**common, "rollouts": 64, "minibatch": 32, "beta": 0.0}
+            ppo["iterations"] = 40 if quick else 60
             dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05}
             jobs = [
                 Job(where, "rm", rm, 0.6, pairs),

@@ -1,20 +1,29 @@
 """What the experiments compute without training: the exact frontier, best-of-n, the fits."""
 
+import csv
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import TINY, run
 
+from data import experiments
 from data.experiments import (
     BUGS,
+    EXPERIMENTS,
+    Base,
     best_of_n,
     exact_frontier,
     fit,
     kl_of_weights,
+    peaks,
     some_pairs,
 )
-from data.jobs import plant
+from data.jobs import Job, plant
+from data.preferences import write_rows
+from data.tasks import draw_tasks
 
 
 def test_frontier_of_gaussian_gold_is_the_closed_form():
@@ -88,3 +97,44 @@ def test_every_bug_to_be_planted_fits_its_file(tmp_path):
         if edit:
             plant(edit, tmp_path / str(number))
             assert edit[2] in (tmp_path / str(number) / edit[0]).read_text()
+
+
+def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
+    kl = np.arange(30.0)
+    gold = -((kl - 12) ** 2) / 100
+    gold[25] += 1.0  # one lucky iteration
+    rows = [
+        {"judge": "j", "seed": 0, "method": "ppo", "kl": k, "gold": g, "proxy": k / 10}
+        for k, g in zip(kl, gold)
+    ]
+    (line,) = peaks(rows)
+    assert abs(line["peak_kl"] - 12) <= 1 and line["last_kl"] == 27
+    assert line["last_gold"] < line["peak_gold"] - 0.3 and line["last_proxy"] > line["peak_proxy"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_and_draws_its_pictures(chain, tmp_path, monkeypatch, name):
+    """With tiny runs in place of those of minutes; the numbers mean nothing."""
+
+    def tiny_run(job):
+        options = {key: str(v) if isinstance(v, Path) else v for key, v in job.options.items()}
+        if job.pairs is not None:
+            write_rows(job.pairs, job.folder / "preferences.jsonl")
+        small = TINY[job.stage].keys() - {"beta"}
+        run(job.stage, job.folder, **{k: v for k, v in options.items() if k not in small | LONG})
+
+    LONG = {"minibatch", "iterations", "demonstrations", "warmup", "n_layer"}
+    monkeypatch.setattr(Job, "run", tiny_run)
+    few = lambda n, *args, **how: draw_tasks(min(n, 8), *args, **how)  # noqa: E731
+    monkeypatch.setattr(experiments, "draw_tasks", few)
+    folder, results = tmp_path / "runs", tmp_path / "results"
+    results.mkdir()
+    EXPERIMENTS[name](folder, results, [Base(chain), Base(chain)], True)
+    pictures = sorted(results.glob("*.png"))
+    assert results / f"{name}.png" in pictures
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+    with open(results / f"{name}.csv") as file:
+        assert len(list(csv.DictReader(file))) > 5
+    monkeypatch.setattr(Job, "run", lambda job: pytest.fail(f"{job} is run again"))
+    EXPERIMENTS[name](folder, results, [Base(chain), Base(chain)], True)
