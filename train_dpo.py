@@ -95,9 +95,7 @@ class Config:
 def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """log p(reply | prompt), a sum over the reply: tokens (B, T), mask (B, T) bool -> (B,)."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
-    target = tokens[:, 1:].masked_fill(
-        ~mask[:, 1:], -100
-    )  # ... token t + 1, if that is the reply's
+    target = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # ... token t + 1, if the reply has it
     logprobs = linear_logprobs(
         hidden.flatten(0, 1), model.head, target.flatten(), ignore_index=-100
     )

@@ -93,7 +93,6 @@ class Base:
             "tokens": row["response_tokens"],
             "seconds": cost["seconds"],
             "forward_equivalents": cost["forward_equivalents"],
-            "peak_gb": cost["peak_gb"],
         }
 
 

@@ -76,8 +76,8 @@ class Job:
 def plant(edit: tuple, where: Path):
     """A copy of the project with one piece of one file changed."""
     file, right, wrong = edit
-    (where / "data").mkdir(parents=True, exist_ok=True)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+    (where / "data/expected").mkdir(parents=True, exist_ok=True)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/expected/*.csv")]:
         shutil.copy(path, where / path.relative_to(ROOT))
     text = (where / file).read_text()
     assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
