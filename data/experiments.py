@@ -400,19 +400,19 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
 def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool):
     """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
 
-    Reward models of 250, 1,000 and 4,000 pairs, with a quarter of the labels flipped, and with one
-    layer, all trained for equally many steps. x is d = sqrt(KL); the curves of Gao et al. 2023
+    Reward models of 250, 1,000 and 4,000 pairs with a quarter of the labels flipped, of clean
+    labels, and with one layer, all trained for equally many steps. x is d = sqrt(KL); the curves of Gao et al. 2023
     (equations 1 and 2) are fitted to gold.
     """
     judges = {  # name: (pairs, share flipped, layers)
-        "250 pairs": (250, 0.0, 0),
-        "1,000 pairs": (1000, 0.0, 0),
-        "4,000 pairs": (4000, 0.0, 0),
+        "250 pairs, 25 % flipped": (250, 0.25, 0),
+        "1,000 pairs, 25 % flipped": (1000, 0.25, 0),
         "4,000 pairs, 25 % flipped": (4000, 0.25, 0),
+        "4,000 pairs": (4000, 0.0, 0),
         "4,000 pairs, 1 layer": (4000, 0.0, 1),
     }
     if quick:
-        del judges["1,000 pairs"], judges["4,000 pairs, 1 layer"]
+        judges = {name: judges[name] for name in ("250 pairs, 25 % flipped", "4,000 pairs")}
     runs = []
     for seed, base in enumerate(bases):
         for name, (count, flip, layers) in judges.items():
