@@ -233,10 +233,29 @@ def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
                 name = f"best of n by {judge}"
                 rows.append({"method": name, "setting": n, "seed": seed, **numbers})
     write_csv(rows, results / "frontier.csv")
+    print(f"above the exact frontier: {', '.join(above_frontier(rows)) or 'no policy'}")
     draw_frontier(rows, results / "frontier.png")
     draw_safety(rows, results / "safety.png")
     cost(results, bases, rows)
     dpo_failures(results, bases, policies)
+
+
+def above_frontier(rows: list[dict]) -> list[str]:
+    """Policies with more gold than any policy can have at their KL, intervals taken into account.
+
+    There is none. If there seems to be one, gold or KL is measured wrongly.
+    """
+    found = []
+    for row in rows:
+        if "gold_low" in row:
+            curve = sorted(
+                (point["kl"], point["gold"])
+                for point in rows
+                if point["method"] == "exact frontier" and point["seed"] == row["seed"]
+            )
+            if row["gold_low"] > np.interp(row["kl_high"], *zip(*curve)):
+                found.append(f"{row['method']} {row.get('setting', '')} of seed {row['seed']}")
+    return found
 
 
 def over_seeds(rows: list[dict], *names: str) -> list[tuple]:

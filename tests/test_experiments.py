@@ -14,6 +14,7 @@ from data.experiments import (
     BUGS,
     EXPERIMENTS,
     Base,
+    above_frontier,
     best_of_n,
     exact_frontier,
     fit,
@@ -97,6 +98,17 @@ def test_every_bug_to_be_planted_fits_its_file(tmp_path):
         if edit:
             plant(edit, tmp_path / str(number))
             assert edit[2] in (tmp_path / str(number) / edit[0]).read_text()
+
+
+def test_a_policy_that_cannot_be_is_named():
+    frontier = [
+        {"method": "exact frontier", "seed": 0, "kl": kl, "gold": kl**0.5}
+        for kl in np.arange(0, 4, 0.1)
+    ]
+    right = {"method": "ppo", "setting": 0.1, "seed": 0, "kl_high": 1.1, "gold_low": 0.95}
+    wrong = {**right, "setting": 0.2, "gold_low": 1.2}
+    assert above_frontier([*frontier, right]) == []
+    assert above_frontier([*frontier, right, wrong]) == ["ppo 0.2 of seed 0"]
 
 
 def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
