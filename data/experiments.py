@@ -91,7 +91,6 @@ class Base:
             "harmless_declined": row["false_refusal_rate"],
             "no_end": row["no_end_rate"],
             "tokens": row["response_tokens"],
-            "seconds": cost["seconds"],
             "forward_equivalents": cost["forward_equivalents"],
         }
 
@@ -548,7 +547,7 @@ def tasks(folder: Path, results: Path, bases: list[Base], quick: bool):
     """SFT on 1, 3, 6 and all kinds of task at equal tokens: do more kinds help on unseen ones?"""
     mixtures = {1: TRAIN_KINDS[:1], 3: TRAIN_KINDS[:3], 6: TRAIN_KINDS[:6]}
     mixtures[len(TRAIN_KINDS)] = TRAIN_KINDS
-    budget, runs = 4e5 if quick else 1.3e6, []  # tokens
+    budget, runs = 4e5 if quick else 8e5, []  # tokens
     for seed, base in enumerate(bases):
         for count, kinds in mixtures.items():
             some = demonstrations(400, "length", ",".join(kinds))
