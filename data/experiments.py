@@ -291,7 +291,8 @@ def draw_frontier(rows: list[dict], path: Path):
             axis.annotate(f"{setting:g}", (kl.mean(), gold.mean()), (6, -10), **SMALL)
     axis.set(xlabel="KL from SFT, nats per reply", ylabel="gold, SD of SFT samples")
     axis.set_xscale("symlog", linthresh=1, subs=[2, 3, 4, 5, 6, 8])
-    axis.set_xticks([0, 0.25, 0.5, 0.75, 1, 2, 4, 8], ["0", ".25", ".5", ".75", "1", "2", "4", "8"])
+    ticks = [0, 0.25, 0.5, 0.75, 1, 2, 4, 8, 16]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xlim(left=-0.03)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.45, 0.02))
@@ -385,14 +386,11 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
         if method != "ppo" and beta in (0.1, 1.0):
             columns = ("step", "gold", "kl", "length", "no_end", "chosen", "rejected")
             for values in zip(*(job.log(name, "gold") for name in columns)):
-                row = {
-                    "method": method,
-                    "setting": beta,
-                    "seed": seed,
-                    **dict(zip(columns, values)),
-                }
+                row = {"method": method, "setting": beta, "seed": seed}
+                row |= dict(zip(columns, values))
                 row["gold"] = float(bases[seed].scaled(row["gold"]))
-                rows.append(row)
+                if (row["step"] + 1) % 20 == 0:  # the last step is another one for every seed
+                    rows.append(row)
     write_csv(rows, results / "dpo.csv")
     panels = {
         "gold": UNITS["gold"],
@@ -419,8 +417,8 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
     """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
 
     Reward models of 250, 1,000 and 4,000 pairs with a quarter of the labels flipped, of clean
-    labels, and with one layer, all trained for equally many steps. x is d = sqrt(KL); the curves of Gao et al. 2023
-    (equations 1 and 2) are fitted to gold.
+    labels, and with one layer, all trained for equally many steps. x is d = sqrt(KL); the curves of
+    Gao et al. 2023 (equations 1 and 2) are fitted to gold.
     """
     judges = {  # name: (pairs, share flipped, layers)
         "250 pairs, 25 % flipped": (250, 0.25, 0),
