@@ -409,7 +409,7 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
             band(axis, x, y, colour, marker, f"{method}, beta {beta:g}")
         axis.set(xlabel="step", ylabel=title)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    axes[1, 1].legend(fontsize=8, loc="lower left")
     save(figure, results / "dpo.png")
 
 
