@@ -8,4 +8,8 @@
     files.py        your own text, JSON and JSONL
     preferences.py  pairs of sampled replies, labelled by annotators or by you
     evaluate.py     every checkpoint on the same held-out prompts
+    experiments.py  what alignment does, in pictures; jobs.py runs the scripts for it
+    expected.py     --check: what right curves look like; the bands are in expected/
+    gpt2.py         GPT-2's weights in, folders for transformers out
+    download.py     public text, fetched by name
 """

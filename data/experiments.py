@@ -519,8 +519,14 @@ def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, flo
 
 def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
     """One panel per reward model: proxy (hollow) and gold (filled, with its fit)."""
-    figure, axes = plt.subplots(1, len(judges), figsize=(3.4 * len(judges), 3.8), sharey=True)
-    for axis, judge in zip(axes, judges):
+    columns = min(len(judges), 3)
+    lines = math.ceil(len(judges) / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 3.7 * lines), sharey=True, squeeze=False
+    )
+    for axis in axes.flat[len(judges) :]:
+        axis.set_visible(False)
+    for axis, judge in zip(axes.flat, judges):
         for method in ("ppo", "dpo", "best of n"):
             colour, marker = STYLE[method]
             mine = [r for r in rows if r["judge"] == judge and r["method"] == method]
@@ -536,8 +542,9 @@ def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
                 axis.plot(x, x * (alpha - slope), color=colour, lw=1, label=f"fit, R² {r2:.2f}")
         axis.set(title=judge, xlabel="square root of the KL from SFT (nats)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
-    axes[0].set_ylabel("SD of SFT samples")
+        axis.legend(fontsize=7, loc="lower left")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("SD of SFT samples")
     save(figure, path)
 
 
@@ -650,7 +657,7 @@ def broken(folder: Path, results: Path, bases: list[Base], quick: bool):
         if column == "kl":
             axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    axes[1, 2].legend(fontsize=7, loc="upper left")
     save(figure, results / "broken.png")
 
 
