@@ -128,10 +128,9 @@ def exact_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
 
     What log pi - log pi_ref of the sampled tokens estimates. For the log only: it needs all logits.
     """
-    logp = (
-        (hidden[mask].to(head.dtype) @ head.T / temperature).float().log_softmax(-1)
-    )  # (N, V), of N tokens
-    logref = (ref_hidden[mask].to(head.dtype) @ ref_head.T / temperature).float().log_softmax(-1)
+    hidden, ref_hidden = hidden[mask].to(head.dtype), ref_hidden[mask].to(head.dtype)  # (N, C)
+    logp = (hidden @ head.T / temperature).float().log_softmax(-1)  # (N, V)
+    logref = (ref_hidden @ ref_head.T / temperature).float().log_softmax(-1)
     kl = mask.new_zeros(mask.shape, dtype=torch.float32)
     kl[mask] = (logp.exp() * (logp - logref)).sum(-1)
     return kl.sum(1)

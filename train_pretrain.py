@@ -463,8 +463,8 @@ class Run:
 
 
 def peak_gb() -> float | None:
-    """Most memory that this process has held, in GB: of the GPU, or the machine's without one."""
-    if torch.cuda.is_available():
+    """Most memory that this process has held, in GB: of the GPU if it used one, else of the CPU."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():  # not under --device cpu
         return torch.cuda.max_memory_allocated() / 1e9
     try:
         import resource

@@ -3,9 +3,9 @@
     python tests/bench_gpu.py            under ten minutes on one GPU, no network
     python tests/bench_gpu.py --tiny     the same code on models so small that a CPU runs them
 
-Random weights of GPT-2's shape (124 million parameters) in bfloat16, with and without torch.compile.
-Prints one row per measurement, with the rate at which this GPU multiplies matrices beside it, and
-writes out/bench_gpu.json.
+Random weights of GPT-2's shape (124 million parameters) in bfloat16, with and without
+torch.compile. Prints one row per measurement, after the rate at which this GPU multiplies matrices,
+and writes out/bench_gpu.json.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def now() -> float:
 
 
 def matrix_rate(n: int, device: str) -> float:
-    """TFLOP/s of a product of two n x n matrices in bfloat16: the most that training could reach."""
+    """TFLOP/s of a product of two n x n matrices in bfloat16: the most that training can reach."""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in "ab")
     times = []
     for _ in range(20):

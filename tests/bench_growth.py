@@ -31,24 +31,14 @@ import matplotlib  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from tiny_runs import SCRIPTS  # noqa: E402
 
-import train_dpo  # noqa: E402
-import train_ppo  # noqa: E402
 import train_pretrain  # noqa: E402
-import train_rm  # noqa: E402
-import train_sft  # noqa: E402
 from data.tokenizer import make_tokenizer  # noqa: E402
 from gpt import GPT, GPTConfig, ScalarModel, save_checkpoint  # noqa: E402
 
 matplotlib.use("Agg")
 
-SCRIPTS = {
-    "pretrain": train_pretrain,
-    "sft": train_sft,
-    "rm": train_rm,
-    "ppo": train_ppo,
-    "dpo": train_dpo,
-}
 USUAL = {"context": 64, "batch": 32, "vocabulary": 1024, "channels": 128}
 SIZES = {
     "context": (32, 64, 128, 256, 512),
