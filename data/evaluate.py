@@ -31,7 +31,7 @@ from data.gold import declines, exact_match, f1, gold
 from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import GPT, ScalarModel, load_model
-from kernels import linear_logprobs
+from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
 matplotlib.use("Agg")
@@ -69,17 +69,15 @@ class Stage:
 
 
 @torch.no_grad()
-def sequence_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[int]]) -> np.ndarray:
+def reply_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[int]]) -> np.ndarray:
     """log p(reply | prompt) under the model, summed over the reply: (N,)."""
     sums = np.empty(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(replies[i]))
-    for start in range(0, len(order), 64):
+    for start in range(0, len(order), 64):  # 64 of similar length at a time
         part = order[start : start + 64]
         tokens = pad([prompts[i] + replies[i] for i in part], 0)
-        target = pad([[-100] * (len(prompts[i]) - 1) + replies[i] for i in part], -100)
-        hidden = model(tokens[:, :-1]).flatten(0, 1)
-        logprobs = linear_logprobs(hidden, model.head, target.flatten())
-        sums[part] = logprobs.view_as(target).sum(1)
+        mask = pad([[0] * len(prompts[i]) + [1] * len(replies[i]) for i in part], 0).bool()
+        sums[part] = sequence_logprobs(model, tokens, mask)
     return sums
 
 
@@ -195,9 +193,7 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
             numbers["kl_to_sft"] = math.log(n) - (n - 1) / n  # an upper bound (Beirami et al. 2024)
         else:
             prompts, ids = [stage.encode(task.prompt) for task in seen], [r.ids for r in sampled]
-            difference = (
-                sequence_logprobs(model, prompts, ids) for model in (stage.model, sft.model)
-            )
+            difference = (reply_logprobs(model, prompts, ids) for model in (stage.model, sft.model))
             numbers["kl_to_sft"] = float(np.subtract(*difference).mean())
         cost = {"seconds": 0.0, "forward_equivalents": 0.0}  # best_of_n is paid for at every reply
         if name != "best_of_n":

@@ -29,10 +29,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data.chat import encode_chat
-from data.evaluate import Stage, describe, golds, interval, sequence_logprobs
+from data.evaluate import Stage, describe, golds, interval, reply_logprobs
 from data.files import held_out, read_preferences
-from data.gold import exact_match
+from data.gold import TAU, exact_match
 from data.jobs import Job, run_jobs
+from data.preferences import annotate
 from data.tasks import KINDS, TRAIN_KINDS, demonstrations, draw_tasks
 from gpt import ScalarModel, load_model
 from train_rm import score_sequences
@@ -75,7 +76,7 @@ class Base:
         safe = policy.answer([task.prompt for task in self.safety], 1.0, 1)
         row = describe(self.tasks, replies, greedy, self.gold, self.safety, safe)
         prompts, ids = [policy.encode(text) for text in texts], [r.ids for r in replies]
-        there, here = (sequence_logprobs(m.model, prompts, ids) for m in (policy, self.sft))
+        there, here = (reply_logprobs(m.model, prompts, ids) for m in (policy, self.sft))
         gold, kl = self.scaled(golds(self.tasks, replies)), there - here
         cost = json.loads((folder / stage / "cost.json").read_text())
         return {
@@ -417,35 +418,47 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
     """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
 
     Reward models of 250, 1,000 and 4,000 pairs with a quarter of the labels flipped, of clean
-    labels, and with one layer, all trained for equally many steps. x is d = sqrt(KL); the curves of
-    Gao et al. 2023 (equations 1 and 2) are fitted to gold.
+    labels, and with one layer, all trained for equally many steps. And a cure: the annotators are
+    asked again, about what PPO says after its optimum. x is d = sqrt(KL); the curves of Gao et al.
+    2023 (equations 1 and 2) are fitted to gold.
     """
     judges = {  # name: (pairs, share flipped, layers)
         "250 pairs, 25 % flipped": (250, 0.25, 0),
         "1,000 pairs, 25 % flipped": (1000, 0.25, 0),
         "4,000 pairs, 25 % flipped": (4000, 0.25, 0),
-        "4,000 pairs": (4000, 0.0, 0),
         "4,000 pairs, 1 layer": (4000, 0.0, 1),
+        "4,000 pairs": (4000, 0.0, 0),
     }
     if quick:
         judges = {name: judges[name] for name in ("250 pairs, 25 % flipped", "4,000 pairs")}
+
+    def three_jobs(name, seed, pairs, count, layers=0):
+        where = folder / f"{name}, seed {seed}"
+        common = {"seed": seed, "init": bases[seed].folder / "sft/ckpt.pt", "eval_every": 1000}
+        rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
+        ppo = {**common, "rollouts": 64, "minibatch": 32, "beta": 0.0}
+        ppo["iterations"] = 40 if quick else 60
+        dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05}
+        return [
+            Job(where, "rm", rm, 0.6, pairs),
+            Job(where, "ppo", ppo, 1.1),
+            Job(where, "dpo", {**dpo, "eval_every": 10}, 0.6, pairs),
+        ]
+
     runs = []
     for seed, base in enumerate(bases):
         for name, (count, flip, layers) in judges.items():
             pairs = some_pairs(base.pairs, count, flip, seed)
-            where = folder / f"{name}, seed {seed}"
-            common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
-            rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
-            ppo = {**common, "rollouts": 64, "minibatch": 32, "beta": 0.0}
-            ppo["iterations"] = 40 if quick else 60
-            dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05}
-            jobs = [
-                Job(where, "rm", rm, 0.6, pairs),
-                Job(where, "ppo", ppo, 1.1),
-                Job(where, "dpo", {**dpo, "eval_every": 10}, 0.6, pairs),
-            ]
-            runs.append((name, seed, *jobs))
+            runs.append((name, seed, *three_jobs(name, seed, pairs, count, layers)))
     run_jobs([job for _, _, *jobs in runs for job in jobs])
+    cure, again = "4,000 pairs, 400 about PPO's replies", []
+    for name, seed, _, ppo, _ in runs:
+        if name == "4,000 pairs":
+            new = ask_again(bases[seed], ppo, 400, seed)
+            pairs = new + some_pairs(bases[seed].pairs, 4000, 0.0, seed)[len(new) :]
+            again.append((cure, seed, *three_jobs(cure, seed, pairs, 4000)))
+    run_jobs([job for _, _, *jobs in again for job in jobs])
+    runs += again
 
     rows = []
     pools = [make_pool(base, n=64 if quick else 128) for base in bases]
@@ -466,7 +479,7 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
             rows.append({"judge": name, "seed": seed, "method": "best of n", **numbers})
     write_csv(rows, results / "overoptimisation.csv")
     write_csv(peaks(rows), results / "peaks.csv")
-    draw_overoptimisation(rows, list(judges), results / "overoptimisation.png")
+    draw_overoptimisation(rows, [*judges, cure], results / "overoptimisation.png")
 
 
 def peaks(rows: list[dict]) -> list[dict]:
@@ -507,6 +520,14 @@ def some_pairs(pairs: list[dict], count: int, flip: float, seed: int) -> list[di
             row["gold"], row["p"] = row["gold"][::-1], 1 - row["p"]
         rows.append(row)
     return rows + test[: max(count // 9, 1)]
+
+
+def ask_again(base: Base, job: Job, count: int, seed: int) -> list[dict]:
+    """Pairs of a reply of SFT and one of the policy of this job, labelled by the same annotators."""
+    tasks = draw_tasks(2 * count, f"asked again {seed}")  # twice, since some replies do not end
+    stages = base.sft, Stage(job.stage, job.folder, 48)
+    replies = [stage.answer([task.prompt for task in tasks], 1.0, 3) for stage in stages]
+    return annotate(tasks, zip(*replies), TAU, 0.0, seed)[:count]
 
 
 def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, float]:

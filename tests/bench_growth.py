@@ -139,7 +139,9 @@ def exponent(x, y) -> float:
 
 def draw(rows: list[dict], path: Path):
     """Seconds above, memory below, one column per size; the legend has the exponents."""
-    figure, axes = plt.subplots(2, len(SIZES), figsize=(4 * len(SIZES), 7))
+    figure, axes = plt.subplots(
+        2, len(SIZES), figsize=(4 * len(SIZES), 7), sharex="col", sharey="row"
+    )
     for (row_of_axes, what), (column, size) in itertools.product(
         enumerate(("seconds", "megabytes")), enumerate(SIZES)
     ):
@@ -150,12 +152,15 @@ def draw(rows: list[dict], path: Path):
             colour, marker = STYLE[stage]
             label = f"{stage}: {exponent(x, y):.2f}"
             axis.loglog(x, y, marker=marker, color=colour, label=label, ms=4)
-        axis.set(xlabel=AXES[size])
         axis.set_xticks(SIZES[size], SIZES[size])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, title="exponent", title_fontsize=8)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8, title="exponent", title_fontsize=8, loc="upper left")
+        axes[1, column].set(xlabel=AXES[size])
+    # Above the lines there is room for the legends.
+    axes[0, 0].set_ylim(top=12 * max(row["seconds"] for row in rows))
     axes[0, 0].set_ylabel("seconds per step (PPO: per iteration)")
+    axes[1, 0].set_ylim(top=4 * max(row["megabytes"] for row in rows))
     axes[1, 0].set_ylabel("MB beyond the libraries, at the peak")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -6,8 +6,8 @@ import torch
 
 import data.evaluate
 from data.chat import Reply
-from data.evaluate import best_of, interval, sequence_logprobs
-from train_dpo import sequence_logprobs as by_tensors
+from data.evaluate import best_of, interval, reply_logprobs
+from train_dpo import sequence_logprobs
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16])
@@ -47,7 +47,7 @@ def test_interval_holds_the_mean_95_times_in_100():
 def test_log_probability_of_a_reply_is_that_of_training(tiny):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8]]
     replies = [[9, 10], [11, 12, 13, 14], [15]]
-    for prompt, reply, ours in zip(prompts, replies, sequence_logprobs(tiny, prompts, replies)):
+    for prompt, reply, ours in zip(prompts, replies, reply_logprobs(tiny, prompts, replies)):
         mask = torch.tensor([[False] * len(prompt) + [True] * len(reply)])
-        theirs = by_tensors(tiny, torch.tensor([prompt + reply]), mask).item()
+        theirs = sequence_logprobs(tiny, torch.tensor([prompt + reply]), mask).item()
         assert ours == pytest.approx(theirs, rel=1e-5)
