@@ -92,6 +92,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layer=None, cache=None, positions=None, mask=None):
+        """x (B, T, C) -> (B, T, C). The others are needed while sampling: see Cache.update."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         if cache is not None:
@@ -102,6 +103,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers, applied to every position by itself: (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -112,6 +115,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream x, of which it reads the norm."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)

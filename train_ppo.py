@@ -210,6 +210,7 @@ class KLCoefficient:
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl, n_replies):
+        """After n_replies more, at this mean KL per reply: beta grows if it is above the target."""
         if self.target:
             error = max(-0.2, min(kl / self.target - 1, 0.2))
             self.beta *= 1 + error * n_replies / self.horizon

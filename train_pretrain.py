@@ -413,6 +413,7 @@ class Run:
         return saved["step"]
 
     def elapsed(self) -> float:
+        """Seconds of this run, those before it was resumed included."""
         return self.seconds + time.perf_counter() - self.started
 
     def log(self, step: int, **numbers: float):
@@ -528,6 +529,7 @@ def read_tokens(tokenizer, path: Path) -> np.memmap:
 
 
 def token_dtype(tokenizer):
+    """Two bytes per token where they suffice."""
     return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 

@@ -87,6 +87,8 @@ def length_batches(
 
 
 class Reply(NamedTuple):
+    """What a model said."""
+
     ids: list[int]  # token ids, the token that ended it included
     text: str
     ended: bool  # by itself, not for want of room

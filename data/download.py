@@ -33,11 +33,15 @@ TIMEOUT = 30  # seconds without a byte until a download counts as broken off
 
 
 class File(NamedTuple):
+    """One file to fetch."""
+
     url: str
     sha256: str = ""  # the hash, or what is known of its beginning ("" = what the server says)
 
 
 class Source(NamedTuple):
+    """One name that `python -m data.download` knows: files, and how the scripts read them."""
+
     stage: str
     megabytes: float
     licence: str
@@ -176,18 +180,21 @@ def fineweb(paths, folder):
 
 
 def dolly(paths, folder):
+    """Instructions that people wrote and answered; a few answers are empty, and left out."""
     names = {"instruction": "instruction", "context": "input", "response": "output"}
     rows = [{ours: row[theirs] for theirs, ours in names.items()} for row in read_lines(paths[0])]
     write_lines([row for row in rows if row["output"].strip()], folder / "rows.jsonl")
 
 
 def gsm8k(paths, folder):
+    """Word problems; a solution ends in #### and the number that --reward exact looks for."""
     for path, name in zip(paths, ("train", "test")):
         rows = [{"prompt": r["question"], "response": r["answer"]} for r in read_lines(path)]
         write_lines(rows, folder / f"{name}.jsonl")
 
 
 def lambada(paths, folder):
+    """Passages whose last word follows from all that came before."""
     texts = [row["text"] for row in read_lines(paths[0])]
     (folder / "passages.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
     print(f"{len(texts):,} passages in {folder}/passages.txt")

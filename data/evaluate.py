@@ -57,11 +57,13 @@ class Stage:
             )
 
     def encode(self, text: str) -> list[int]:
+        """A prompt as this model is used to it."""
         if self.name == "base":
             return encode_opening(self.tokenizer, text)
         return encode_prompt(self.tokenizer, question(text))
 
     def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
+        """One reply to each prompt."""
         prompts = [self.encode(text) for text in texts]
         return sample_replies(
             self.model, self.tokenizer, prompts, self.max_new_tokens, seed, temperature, self.stop

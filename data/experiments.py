@@ -523,7 +523,7 @@ def some_pairs(pairs: list[dict], count: int, flip: float, seed: int) -> list[di
 
 
 def ask_again(base: Base, job: Job, count: int, seed: int) -> list[dict]:
-    """Pairs of a reply of SFT and one of the policy of this job, labelled by the same annotators."""
+    """Pairs of a reply of SFT and one of this job's policy, labelled by the same annotators."""
     tasks = draw_tasks(2 * count, f"asked again {seed}")  # twice, since some replies do not end
     stages = base.sft, Stage(job.stage, job.folder, 48)
     replies = [stage.answer([task.prompt for task in tasks], 1.0, 3) for stage in stages]

@@ -31,6 +31,7 @@ class Job:
     edit: tuple = ()  # (file, right, wrong): run a copy of the project with this line changed
 
     def command(self) -> list[str]:
+        """The words of the command line."""
         script = [sys.executable, f"train_{self.stage}.py", "--out", str(self.folder.resolve())]
         words = [(f"--{name}", str(value)) for name, value in self.options.items()]
         return script + [word for pair in words for word in pair]

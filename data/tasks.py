@@ -44,6 +44,8 @@ class Task:
 
 @dataclass
 class Kind:
+    """A kind of task: how a case is drawn, and how people put the question."""
+
     draw: Callable[[random.Random], Case]
     wordings: list[str]
     unseen: list[str] = field(default_factory=list)  # wordings kept for evaluation

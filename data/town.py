@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 
 class Resident(NamedTuple):
+    """Somebody who lives in the town, and all there is to know about them."""
+
     name: str
     animal: str
     he: str  # the pronoun: "he" or "she"
