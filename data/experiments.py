@@ -611,6 +611,7 @@ def tasks(folder: Path, results: Path, bases: list[Base], quick: bool):
             mine = [row for row in rows if row["group"] == group]
             band(axis, [r["kinds"] for r in mine], [r[what] for r in mine], colour, marker, group)
         axis.set(xlabel="kinds of task in SFT, at equal tokens", ylabel=what.replace("_", " "))
+        axis.set_xticks(list(mixtures))
         axis.grid(alpha=0.3)
     axes[1].set_ylabel("gold, SD of SFT samples")
     axes[0].legend(fontsize=7)
@@ -678,7 +679,7 @@ def broken(folder: Path, results: Path, bases: list[Base], quick: bool):
         if column == "kl":
             axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
-    axes[1, 2].legend(fontsize=7, loc="upper left")
+    axes[1, 2].legend(fontsize=7, loc="center right")
     save(figure, results / "broken.png")
 
 
