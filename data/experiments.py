@@ -435,31 +435,22 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
     if quick:
         judges = {name: judges[name] for name in ("250 pairs, 25 % flipped", "4,000 pairs")}
 
-    def three_jobs(name, seed, pairs, count, layers=0):
-        where = folder / f"{name}, seed {seed}"
-        common = {"seed": seed, "init": bases[seed].folder / "sft/ckpt.pt", "eval_every": 1000}
-        rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
-        ppo = {**common, "rollouts": 64, "minibatch": 32, "beta": 0.0}
-        ppo["iterations"] = 30 if quick else 60
-        dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05}
-        return [
-            Job(where, "rm", rm, 0.6, pairs),
-            Job(where, "ppo", ppo, 1.1),
-            Job(where, "dpo", {**dpo, "eval_every": 10}, 0.6, pairs),
-        ]
-
     runs = []
     for seed, base in enumerate(bases):
         for name, (count, flip, layers) in judges.items():
             pairs = some_pairs(base.pairs, count, flip, seed)
-            runs.append((name, seed, *three_jobs(name, seed, pairs, count, layers)))
+            where = folder / f"{name}, seed {seed}"
+            jobs = without_penalty(where, base, seed, pairs, count, layers, quick)
+            runs.append((name, seed, *jobs))
     run_jobs([job for _, _, *jobs in runs for job in jobs])
     cure, again = "4,000 pairs, 400 about PPO's replies", []
     for name, seed, _, ppo, _ in runs:
         if name == "4,000 pairs":
             new = ask_again(bases[seed], ppo, 400, seed)
             pairs = new + some_pairs(bases[seed].pairs, 4000, 0.0, seed)[len(new) :]
-            again.append((cure, seed, *three_jobs(cure, seed, pairs, 4000)))
+            where = folder / f"{cure}, seed {seed}"
+            jobs = without_penalty(where, bases[seed], seed, pairs, 4000, 0, quick)
+            again.append((cure, seed, *jobs))
     run_jobs([job for _, _, *jobs in again for job in jobs])
     runs += again
 
@@ -483,6 +474,23 @@ def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool
     write_csv(rows, results / "overoptimisation.csv")
     write_csv(peaks(rows), results / "peaks.csv")
     draw_overoptimisation(rows, [*judges, cure], results / "overoptimisation.png")
+
+
+def without_penalty(where: Path, base: Base, seed, pairs, count, layers, quick) -> list[Job]:
+    """A reward model of `count` pairs, PPO against it without a KL penalty, DPO with a small one.
+
+    Whatever the count, reward models see 8,000 pairs and DPO 4,000, some of them many times.
+    """
+    common = {"seed": seed, "init": base.folder / "sft/ckpt.pt", "eval_every": 1000}
+    rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
+    ppo = {**common, "rollouts": 64, "minibatch": 32, "beta": 0.0}
+    ppo["iterations"] = 30 if quick else 60
+    dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05}
+    return [
+        Job(where, "rm", rm, 0.6, pairs),
+        Job(where, "ppo", ppo, 1.1),
+        Job(where, "dpo", {**dpo, "eval_every": 10}, 0.6, pairs),
+    ]
 
 
 def peaks(rows: list[dict]) -> list[dict]:
