@@ -263,7 +263,9 @@ def main(cfg: Config) -> dict:
     }
     kl_coefficient = KLCoefficient(cfg.beta, cfg.target_kl)
     set_speed(cfg, policy, ref, critic, *([reward_model] if cfg.reward == "rm" else []))
-    rounding = 0.1 if cfg.bf16 else 1e-5  # how far equal log-probabilities may be apart
+    # How far equal log-probabilities may be apart. The town's are within 1e-6, but GPT-2's logits
+    # lie near -80, where float32 has fewer digits after the point.
+    rounding = 1.0 if cfg.bf16 else 1e-3
 
     # ---- prompts
     if cfg.data:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from data.files import held_out
 from data.preferences import annotate, ask_human, make_preferences
 from data.tasks import demonstrate, draw_tasks
 from data.tokenizer import load_tokenizer
-from gpt import ScalarModel, load_model
+from gpt import GPT, GPTConfig, ScalarModel, load_model, save_checkpoint
 from train_pretrain import parse_config
 
 
@@ -128,6 +129,28 @@ def test_policy_leaves_its_reference(chain):
     rows = (chain / "ppo" / "log.csv").read_text().splitlines()
     kl_exact = [float(row.split(",")[rows[0].split(",").index("kl_exact")]) for row in rows[1:]]
     assert kl_exact[0] == 0 and kl_exact[-1] > 0
+
+
+def test_ppo_takes_the_rounding_of_logits_that_lie_near_minus_80_for_what_it_is(chain, tmp_path):
+    """GPT-2's do. Softmax cannot see the offset, but float32 has two digits less for the rest."""
+    sft = torch.load(chain / "sft" / "ckpt.pt", weights_only=True)
+    config = GPTConfig(**{**sft["model_config"], "n_layer": 2, "n_embd": 128})
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for matrix in (p for p in model.parameters() if p.dim() == 2):
+            matrix *= 5  # as far apart as those of a trained model
+        direction = torch.randn(config.n_embd)
+        model.ln_f.bias.copy_(-direction)
+        model.wte.weight += 80 * direction / direction.square().sum()
+    save_checkpoint(
+        tmp_path / "sft" / "ckpt.pt",
+        {**sft, "model": model.state_dict(), "model_config": asdict(config)},
+    )
+    last = run(
+        "ppo", tmp_path, reward="gold", iterations=1, rollouts=32, minibatch=16, max_new_tokens=30
+    )
+    assert last["first_ratio_error"] < 1e-3  # 2e-5 where products of other sizes round otherwise
 
 
 def test_ppo_without_learning_keeps_every_ratio_at_one(chain, tmp_path):
