@@ -514,7 +514,8 @@ def peaks(rows: list[dict]) -> list[dict]:
             line |= {"peak_proxy": proxy[top], "last_proxy": proxy[-1]}
         d = np.sqrt(np.maximum([r["kl"] for r in mine], 0))
         alpha, beta, r2 = fit(method, d, np.array([r["gold"] for r in mine]))
-        table.append({**line, "alpha": alpha, "beta": beta, "r2": r2})
+        line |= {"alpha": alpha, "beta": beta, "r2": r2}
+        table.append({**line, "fit_peak_kl": top_of_fit(method, alpha, beta) ** 2})
     return table
 
 
@@ -549,13 +550,22 @@ def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, flo
     return alpha, beta, 1 - (left**2).sum() / ((gold - gold.mean()) ** 2).sum()
 
 
+def top_of_fit(method: str, alpha: float, beta: float) -> float:
+    """The d >= 0 at which the fitted curve is highest; inf if it only rises.
+
+    It rests on the whole run, and so it moves less by chance than the highest point does.
+    """
+    if beta <= 0:
+        return math.inf
+    return max(alpha / (2 * beta), 0) if method == "best of n" else float(np.exp(alpha / beta - 1))
+
+
 def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
-    """One panel per reward model: proxy (hollow) and gold (filled, with its fit)."""
+    """One panel per reward model: proxy (hollow), gold (filled), its fit, and the top of that."""
     columns = min(len(judges), 3)
     lines = math.ceil(len(judges) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4 * columns, 3.7 * lines), sharey=True, squeeze=False
-    )
+    size = dict(figsize=(4 * columns, 3.7 * lines), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(lines, columns, **size)
     for axis in axes.flat[len(judges) :]:
         axis.set_visible(False)
     for axis, judge in zip(axes.flat, judges):
@@ -572,7 +582,10 @@ def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
                 x = np.linspace(0.02, d.max(), 100)
                 slope = beta * x if method == "best of n" else beta * np.log(x)
                 axis.plot(x, x * (alpha - slope), color=colour, lw=1, label=f"fit, R² {r2:.2f}")
+                top = min(top_of_fit(method, alpha, beta), d.max())
+                axis.axvline(top, color=colour, lw=1, ls=":")
         axis.set(title=judge, xlabel="square root of the KL from SFT (nats)")
+        axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="lower left")
     for axis in axes[:, 0]:

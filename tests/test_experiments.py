@@ -21,6 +21,7 @@ from data.experiments import (
     kl_of_weights,
     peaks,
     some_pairs,
+    top_of_fit,
 )
 from data.jobs import Job, plant
 from data.preferences import write_rows
@@ -77,6 +78,15 @@ def test_fits_find_the_curves_they_are_named_for():
     d = np.linspace(0.1, 3, 50)
     np.testing.assert_allclose(fit("best of n", d, d * (0.9 - 0.2 * d)), (0.9, 0.2, 1))
     np.testing.assert_allclose(fit("ppo", d, d * (0.7 - 0.3 * np.log(d))), (0.7, 0.3, 1))
+
+
+@pytest.mark.parametrize("method", ["best of n", "ppo"])
+def test_top_of_a_fit_is_where_its_curve_turns_down(method):
+    d = np.linspace(0.001, 8, 8000)
+    for alpha, beta in ((0.9, 0.4), (0.4, 0.5), (-0.3, 0.3)):
+        curve = d * (alpha - beta * (d if method == "best of n" else np.log(d)))
+        assert top_of_fit(method, alpha, beta) == pytest.approx(d[curve.argmax()], abs=0.002)
+    assert top_of_fit(method, 0.5, -0.1) == math.inf
 
 
 def test_flipped_pairs_differ_in_nothing_but_the_label():
