@@ -404,7 +404,7 @@ class Run:
             raise SystemExit(f"--resume: no run to go on with in {self.unfinished}/; leave it out")
         saved = load_checkpoint(self.unfinished / "ckpt.pt")
         for name, now in asdict(self.cfg).items():
-            was = saved["train_config"][name]
+            was = saved["train_config"].get(name)  # None if there was no such option yet
             if was != now and name not in ("resume", "out", "device", "check"):
                 raise SystemExit(f"--resume: the run to go on with had --{name} {was}, not {now}")
         for name, part in parts.items():
