@@ -503,7 +503,8 @@ def main():
                 top_p=args.top_p,
             )[0]
             name = f"{stage:9}" if len(models) > 1 else ""
-            print(name + reply.text + ("" if reply.ended else " ..."))
+            said = reply.text or "(nothing: for this model the text ends here)"
+            print(name + said + ("" if reply.ended else " ..."))
 
     if args.prompt is not None or args.compare:
         for text in SHOWN if args.prompt is None else [args.prompt]:

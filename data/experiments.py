@@ -553,7 +553,7 @@ def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, flo
 def top_of_fit(method: str, alpha: float, beta: float) -> float:
     """The d >= 0 at which the fitted curve is highest; inf if it only rises.
 
-    It rests on the whole run, where the highest point is one of many on a flat part of it.
+    It rests on the whole run; which of many points on a flat part is the highest, is chance.
     """
     if beta <= 0:
         return math.inf

@@ -25,7 +25,7 @@ from data.chat import Reply, encode_prompt, question, sample_replies
 from data.evaluate import evaluate
 from data.files import held_out
 from data.preferences import annotate, ask_human, make_preferences
-from data.tasks import demonstrate, draw_tasks
+from data.tasks import SHOWN, demonstrate, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import GPT, GPTConfig, ScalarModel, load_model, save_checkpoint
 from train_pretrain import parse_config
@@ -319,12 +319,13 @@ def python(*args, cwd=ROOT, text=None):
 
 
 def test_conversation_answers_once_compares_and_talks(chain):
-    once = python("gpt.py", "--out", chain, "--prompt", "What is 3+4?", "--max_new_tokens", 3)
+    once = python("gpt.py", "--out", chain, "--prompt", SHOWN[0])
     assert once.returncode == 0 and once.stdout.strip()
-    compared = python("gpt.py", "--out", chain, "--compare", "--max_new_tokens", 3)
+    compared = python("gpt.py", "--out", chain, "--compare")
     assert compared.returncode == 0
     for stage in ("pretrain", "sft", "ppo", "dpo"):
         assert len(re.findall(f"^{stage} ", compared.stdout, re.M)) >= 8
+    assert f"dpo      {once.stdout}" in compared.stdout  # the others have left its prompt alone
     talk = python(
         "gpt.py", "--ckpt", chain / "sft" / "ckpt.pt", text="Hello\n\n" + "long " * 200 + "\n"
     )
