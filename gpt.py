@@ -436,6 +436,7 @@ def main():
     # Down here, because the model itself needs nothing of ours and these import it.
     from data.chat import encode_opening, encode_prompt, question, sample_replies
     from data.gpt2 import export
+    from data.options import number
     from data.tasks import SHOWN
     from data.tokenizer import load_tokenizer
 
@@ -443,17 +444,22 @@ def main():
     parser.add_argument("--ckpt", help="checkpoint to talk to (default: the newest stage in --out)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--compare", action="store_true", help="let all stages in --out answer")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
     parser.add_argument(
-        "--top_k", type=int, default=0, help="keep the k likeliest tokens (0 = all)"
+        "--temperature", type=number(float), default=0.7, help="0 is greedy (default: 0.7)"
     )
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="keep the likeliest with this probability"
+        "--top_k", type=number(int), default=0, help="keep the k likeliest tokens (0 = all)"
     )
     parser.add_argument(
-        "--max_new_tokens", type=int, default=48, help="longest reply (default: 48)"
+        "--top_p",
+        type=number(float, 0.01, 1),
+        default=1.0,
+        help="keep the likeliest with this probability",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument(
+        "--max_new_tokens", type=number(int, 1), default=48, help="longest reply (default: 48)"
+    )
+    parser.add_argument("--seed", type=number(int), default=0, help="of sampling (default: 0)")
     parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
     parser.add_argument("--export", metavar="DIR", help="write the model for transformers instead")
     args = parser.parse_args()

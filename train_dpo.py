@@ -128,6 +128,8 @@ def main(cfg: Config) -> dict:
     run = Run("dpo", cfg)
     run.panels = [["loss", "val_loss"], ["chosen", "rejected"], ["gold"], ["accuracy", "no_end"]]
     device = pick_device(cfg.device)
+    if cfg.beta == 0:
+        raise SystemExit("--beta 0: the loss would be the same for every model")
 
     # ---- model
     init = cfg.init or f"{cfg.out}/sft/ckpt.pt"

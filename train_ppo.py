@@ -237,6 +237,8 @@ def main(cfg: Config) -> dict:
         ["clipfrac", "approx_kl", "no_end"],
     ]
     device = pick_device(cfg.device)
+    if cfg.temperature == 0:
+        raise SystemExit("--temperature 0: PPO learns from samples, and greedy replies are none")
 
     # ---- models: two that learn, two that stay as they are
     init, rm_path = cfg.init or f"{cfg.out}/sft/ckpt.pt", cfg.rm or f"{cfg.out}/rm/ckpt.pt"

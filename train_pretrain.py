@@ -43,6 +43,7 @@ from tqdm import tqdm
 from data.chat import encode_opening, pad
 from data.expected import Check
 from data.files import held_out, read_text
+from data.options import number
 from data.tokenizer import load_tokenizer, make_tokenizer
 from data.town import documents
 from gpt import GPT, GPTConfig, generate, load_checkpoint, load_model, save_checkpoint
@@ -104,12 +105,14 @@ def parse_config(config_class):
         text = comments[field.name].replace("%", "%%") + f" (default: {field.default!r})"
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        elif field.type is int:
-            # Counts: at least 1, unless 0 is the default and so means something.
-            may_be_0 = field.default == 0 or field.name == "warmup"
-            kind = {"type": int_from(0 if may_be_0 else 1), "metavar": "int"}
+        elif field.type is str:
+            kind = {"metavar": "str"}
         else:
-            kind = {"type": field.type, "metavar": field.type.__name__}
+            # Counts are at least 1, unless 0 is the default and so means something. No number is
+            # negative, unless its default is.
+            count = field.type is int and field.default != 0 and field.name != "warmup"
+            least = -math.inf if field.default < 0 else 1 if count else 0
+            kind = {"type": number(field.type, least), "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
     return config_class(**vars(parser.parse_args()))
 
@@ -125,18 +128,6 @@ def run_script(main, config_class):
     finally:
         if WORLD > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def int_from(smallest: int):
-    """A type for argparse: an int of at least `smallest`."""
-
-    def int_at_least(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be at least {smallest}, not {text}")
-        return int(text)
-
-    int_at_least.__name__ = "int"  # argparse's messages name the type
-    return int_at_least
 
 
 def pick_device(name: str) -> torch.device:
@@ -566,6 +557,8 @@ def main(cfg: Config) -> dict:
     device = pick_device(cfg.device)
     if cfg.n_embd % cfg.n_head:
         raise SystemExit(f"--n_head {cfg.n_head} must divide --n_embd {cfg.n_embd}")
+    if cfg.context < 2:
+        raise SystemExit("--context 1: a text of two tokens is the shortest that can be learned")
 
     # ---- data: documents -> one long row of token ids; the model that will read them
     token_files = cfg.data.endswith(".bin")  # ids of GPT-2's tokenizer, from data.download

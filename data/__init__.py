@@ -10,6 +10,7 @@
     evaluate.py     every checkpoint on the same held-out prompts
     experiments.py  what alignment does, in pictures; jobs.py runs the scripts for it
     expected.py     --check: what right curves look like; the bands are in expected/
+    options.py      numbers on command lines, within limits
     gpt2.py         GPT-2's weights in, folders for transformers out
     download.py     public text, fetched by name
 """

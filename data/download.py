@@ -25,6 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data.options import number
+
 HUB = "https://huggingface.co/datasets"
 RAW = "https://raw.githubusercontent.com"
 RASBT = f"{RAW}/rasbt/LLMs-from-scratch/main/ch07"
@@ -407,7 +409,7 @@ def main():
     parser.add_argument("name", nargs="?", help="what to fetch")
     parser.add_argument("--list", action="store_true", help="show what there is")
     parser.add_argument(
-        "--megabytes", type=float, default=0.0, help="tinystories, fineweb: how much of it"
+        "--megabytes", type=number(float), default=0.0, help="tinystories, fineweb: how much of it"
     )
     parser.add_argument("--out", default="downloads", help="folder (default: downloads)")
     args = parser.parse_args()

@@ -28,6 +28,7 @@ import torch
 
 from data.chat import Reply, encode_opening, encode_prompt, pad, question, sample_replies
 from data.gold import declines, exact_match, f1, gold
+from data.options import number
 from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import GPT, ScalarModel, load_model
@@ -437,12 +438,19 @@ def main():
         allow_abbrev=False,
     )
     parser.add_argument("--out", default="out", help="folder of the runs (default: out)")
-    parser.add_argument("--prompts", type=int, default=600, help="held-out prompts (default: 600)")
-    parser.add_argument("--n", type=int, default=8, help="samples of best_of_n (default: 8)")
+    two_of_each = number(int, 2 * len(TRAIN_KINDS))  # kinds; the report has a line for each
     parser.add_argument(
-        "--max_new_tokens", type=int, default=48, help="longest reply (default: 48)"
+        "--prompts", type=two_of_each, default=600, help="held-out prompts (default: 600)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default: 0)")
+    parser.add_argument(
+        "--n", type=number(int, 1), default=8, help="samples of best_of_n (default: 8)"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=number(int, 1), default=48, help="longest reply (default: 48)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int), default=0, help="of prompts and sampling (default: 0)"
+    )
     args = parser.parse_args()
     report = evaluate(args.out, args.prompts, args.n, args.seed, args.max_new_tokens)
     text = (Path(args.out) / "report.md").read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from pathlib import Path
 from data.chat import encode_prompt, question, sample_replies
 from data.files import read_prompts
 from data.gold import TAU, bayes_accuracy, gold, preference
+from data.options import number
 from data.tasks import draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
@@ -149,12 +150,20 @@ def main():
         help="file to write (default: out/preferences.jsonl, or with "
         "--human out/human_preferences.jsonl)",
     )
-    parser.add_argument("--pairs", type=int, default=16000, help="prompts to sample two replies to")
-    parser.add_argument("--tau", type=float, default=TAU, help="annotators' noise, in SD of gold")
-    parser.add_argument("--flip", type=float, default=0.0, help="share of labels turned around")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="longest reply")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pairs", type=number(int, 1), default=16000, help="prompts to sample two replies to"
+    )
+    parser.add_argument(
+        "--tau", type=number(float, 0.01), default=TAU, help="annotators' noise, in SD of gold"
+    )
+    parser.add_argument(
+        "--flip", type=number(float, 0, 1), default=0.0, help="share of labels turned around"
+    )
+    parser.add_argument(
+        "--temperature", type=number(float), default=1.0, help="sampling temperature"
+    )
+    parser.add_argument("--max_new_tokens", type=number(int, 1), default=48, help="longest reply")
+    parser.add_argument("--seed", type=number(int), default=0)
     parser.add_argument("--human", action="store_true", help="you are the annotator")
     parser.add_argument("--prompts", help="JSON or JSONL with prompts of your own, for --human")
     args = parser.parse_args()

@@ -17,7 +17,9 @@ import pytest
 import torch
 from tiny_runs import ROOT, SCRIPTS, TINY, run, same
 
+import data.evaluate
 import data.preferences
+import gpt
 import kernels
 import train_pretrain
 import train_rm
@@ -348,6 +350,7 @@ def test_missing_earlier_stage_names_the_command_to_run(tmp_path):
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--steps", "0"], "argument --steps: must be at least 1, not 0"),
+        (["--context", "1"], "--context 1: a text of two tokens is the shortest"),
         (["--device", "abacus"], "--device abacus: not available here"),
         (["--tokenizer", "words"], "--tokenizer words: there are bpe, char and gpt2"),
         (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
@@ -359,6 +362,33 @@ def test_impossible_option_is_a_clear_error(tmp_path, args, message):
     result = python("train_pretrain.py", "--out", tmp_path, "--documents", 200, *args)
     assert result.returncode != 0 and message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_option_that_leaves_nothing_to_learn_from_is_a_clear_error(chain, tmp_path):
+    for stage, option in (("ppo", {"temperature": 0.0}), ("dpo", {"beta": 0.0})):
+        with pytest.raises(SystemExit, match=f"--{[*option][0]} 0: "):
+            run(stage, tmp_path, init=str(chain / "sft/ckpt.pt"), **option)
+
+
+@pytest.mark.parametrize(
+    "tool, args, message",
+    [
+        (train_pretrain, "--lr -0.1", "argument --lr: must be at least 0, not -0.1"),
+        (train_pretrain, "--lr nan", "argument --lr: must be at least 0, not nan"),
+        (gpt, "--top_p 0", "argument --top_p: must be from 0.01 to 1, not 0"),
+        (gpt, "--top_k -1", "argument --top_k: must be at least 0, not -1"),
+        (gpt, "--max_new_tokens 0", "argument --max_new_tokens: must be at least 1, not 0"),
+        (data.preferences, "--flip 2", "argument --flip: must be from 0 to 1, not 2"),
+        (data.preferences, "--tau 0", "argument --tau: must be at least 0.01, not 0"),
+        (data.evaluate, "--prompts one", "argument --prompts: invalid int value: 'one'"),
+        (data.evaluate, "--prompts 5", "argument --prompts: must be at least 30, not 5"),
+    ],
+)
+def test_number_out_of_range_is_a_clear_error(monkeypatch, capsys, tool, args, message):
+    monkeypatch.setattr(sys, "argv", ["tool", *args.split()])
+    with pytest.raises(SystemExit):
+        parse_config(tool.Config) if tool is train_pretrain else tool.main()
+    assert message in capsys.readouterr().err
 
 
 def test_full_disk_is_a_clear_error_and_leaves_the_earlier_results(tmp_path, monkeypatch):
