@@ -269,10 +269,11 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits = logits.masked_fill(out, -math.inf)
     probs = logits.softmax(1)
     # Inverse transform: lay the probabilities end to end and see where a uniform number falls. In
-    # float64, so that rounding can never push it past the end. (torch.multinomial draws one random
-    # number per token of the vocabulary; that made sampling a third slower.)
-    edges = probs.double().cumsum(1)  # (B, V)
-    u = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
+    # float64, so that rare tokens keep their share; but Apple's GPUs have none. (torch.multinomial
+    # draws one random number per token of the vocabulary; that made sampling a third slower.)
+    dtype = torch.float32 if probs.is_mps else torch.float64
+    edges = probs.to(dtype).cumsum(1)  # (B, V)
+    u = torch.rand(len(probs), 1, dtype=dtype, device=probs.device, generator=generator)
     ids = torch.searchsorted(edges, u * edges[:, -1:], right=True).squeeze(1)
     return ids, probs.gather(1, ids[:, None]).squeeze(1).log()
 

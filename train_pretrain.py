@@ -145,6 +145,8 @@ def pick_device(name: str) -> torch.device:
         distributed.init_process_group("nccl" if name == "cuda" else "gloo")
     many = f"{WORLD} processes" if WORLD > 1 else "running"
     print(f"{many} on {name}, the fused head in {backend(device)}")
+    if name == "mps":  # such as https://github.com/pytorch/pytorch/issues/181133
+        print("PyTorch has been wrong on mps now and then: compare the first losses with the CPU's")
     return device
 
 

@@ -110,6 +110,26 @@ def test_sampling_frequencies_follow_the_temperature(temperature):
     torch.testing.assert_close(logprobs, expected.log()[ids])
 
 
+class LikeAppleGPU(torch.Tensor):
+    """A tensor that cannot be float64, as those of Apple's GPUs cannot (device mps)."""
+
+    is_mps = True
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("MPS has no float64")
+        return result
+
+
+def test_sampling_needs_no_float64_where_there_is_none():
+    logits = torch.tensor([[0.5, 0.1, 0.0, 0.4]]).log().expand(40_000, 4)
+    ids, _ = sample(logits.as_subclass(LikeAppleGPU))
+    found = torch.bincount(ids.as_subclass(torch.Tensor), minlength=4) / len(ids)
+    assert found[2] == 0 and (found - logits[0].exp()).abs().max() < 0.01  # 4 standard errors
+
+
 def test_top_k_and_top_p_keep_just_the_likeliest_tokens():
     logits = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log().expand(2000, 4)
     ids, logprobs = sample(logits, top_k=2)
