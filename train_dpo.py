@@ -77,7 +77,7 @@ class Config:
     epochs: int = 1  # passes over the data
     lr: float = 2.5e-4  # peak learning rate (AdamW)
     warmup: int = 10  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
     # run
     max_new_tokens: int = 48  # longest reply when sampling
     seed: int = 0  # everything random follows from it

@@ -84,7 +84,7 @@ class Config:
     lr: float = 3e-4  # peak learning rate of the policy
     critic_lr: float = 1e-3  # peak learning rate of the critic
     warmup: int = 2  # iterations until the peak
-    grad_clip: float = 1.0  # largest norm of either gradient
+    grad_clip: float = 1.0  # largest norm of either gradient (0 = any)
     # run
     seed: int = 0  # everything random follows from it
     eval_every: int = 10  # iterations between greedy evaluations on held-out prompts

@@ -75,7 +75,7 @@ class Config:
     lr: float = 8e-3  # peak learning rate of all that AdamW trains
     weight_decay: float = 0.1  # of matrices and tables; biases and norms are not decayed
     warmup: int = 20  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
     # run
     seed: int = 0  # everything random follows from it
     eval_every: int = 100  # steps between validations
@@ -190,7 +190,7 @@ def mean_over_ranks(device, **numbers) -> dict[str, float]:
 
 
 def average_gradients(model, largest_norm: float) -> float:
-    """Average gradients over ranks, cut them to a largest norm; returns the norm before the cut.
+    """Average gradients over ranks, cut them to a largest norm (0: any); returns the one before.
 
     What DistributedDataParallel does, but in one call after the backward passes: there may be
     several of them, on some ranks more than on others, and they need no wrapper around the model.
@@ -202,7 +202,7 @@ def average_gradients(model, largest_norm: float) -> float:
         together = torch.nn.utils.parameters_to_vector(gradients)  # one message, not hundreds
         distributed.all_reduce(together)
         torch.nn.utils.vector_to_parameters(together / WORLD, gradients)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm).item()
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm or math.inf).item()
 
 
 def on_first_rank(function, *args):

@@ -62,7 +62,7 @@ class Config:
     epochs: int = 2  # passes over the pairs; reward models overfit soon
     lr: float = 5e-4  # peak learning rate (AdamW)
     warmup: int = 20  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
     # run
     max_new_tokens: int = 48  # longest reply when sampling from the SFT model
     seed: int = 0  # everything random follows from it
@@ -139,6 +139,8 @@ def main(cfg: Config) -> dict:
     init = cfg.init or f"{cfg.out}/sft/ckpt.pt"
     sft, checkpoint = load_model(init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    if cfg.n_layer > sft.config.n_layer:
+        raise SystemExit(f"--n_layer {cfg.n_layer}: {init} has {sft.config.n_layer}")
     model = ScalarModel.from_gpt(sft, cfg.n_layer).to(device).train()
     set_speed(cfg, sft, model)
     optimizer = torch.optim.AdamW(

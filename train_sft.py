@@ -56,7 +56,7 @@ class Config:
     epochs: int = 2  # passes over the data
     lr: float = 2e-3  # peak learning rate (AdamW)
     warmup: int = 20  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
     # run
     max_new_tokens: int = 48  # longest reply among the samples
     seed: int = 0  # everything random follows from it

@@ -364,10 +364,22 @@ def test_impossible_option_is_a_clear_error(tmp_path, args, message):
     assert "Traceback" not in result.stderr
 
 
-def test_option_that_leaves_nothing_to_learn_from_is_a_clear_error(chain, tmp_path):
-    for stage, option in (("ppo", {"temperature": 0.0}), ("dpo", {"beta": 0.0})):
-        with pytest.raises(SystemExit, match=f"--{[*option][0]} 0: "):
-            run(stage, tmp_path, init=str(chain / "sft/ckpt.pt"), **option)
+def test_option_that_makes_no_sense_is_a_clear_error(chain, tmp_path):
+    for stage, option, value in (
+        ("ppo", "temperature", 0),
+        ("dpo", "beta", 0),
+        ("rm", "n_layer", 9),
+    ):
+        with pytest.raises(SystemExit, match=f"--{option} {value}: "):
+            run(stage, tmp_path, init=str(chain / "sft/ckpt.pt"), **{option: value})
+
+
+def test_gradients_are_cut_to_a_largest_norm_and_0_means_any():
+    for largest, expected in ((2.0, [1.2, 1.6]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])):
+        model = torch.nn.Linear(2, 1, bias=False)
+        (3 * model.weight[0, 0] + 4 * model.weight[0, 1]).backward()
+        assert train_pretrain.average_gradients(model, largest) == 5.0
+        torch.testing.assert_close(model.weight.grad, torch.tensor([expected]))
 
 
 @pytest.mark.parametrize(
