@@ -132,9 +132,10 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
 
     merges = []
     for new in range(256, n_vocab - len(SPECIALS)):
-        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]), default=None)
-        if best is None or pairs[best] < 2:
+        most = max(pairs.values(), default=0)
+        if most < 2:
             break  # nothing occurs twice any more: the vocabulary stays smaller than asked for
+        best = min(pair for pair, count in pairs.items() if count == most)
         merges.append(list(best))
         for index in where.pop(best):
             old = spellings[index]
@@ -165,7 +166,9 @@ def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
     if kind == "bpe":
         if n_vocab < 256 + len(SPECIALS):
             raise SystemExit(f"--vocab_size {n_vocab}: a bpe tokenizer needs at least 261")
-        return BPETokenizer(train_bpe(" " + " ".join(texts), n_vocab))
+        text = " " + " ".join(texts)
+        print(f"learning a tokenizer from {len(text) / 1e6:.1f} million characters", flush=True)
+        return BPETokenizer(train_bpe(text, n_vocab))
     if kind == "char":
         return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind == "gpt2":
