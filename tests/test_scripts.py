@@ -512,7 +512,7 @@ def test_commands_of_the_readme_still_parse(command, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(target), *words[2 if words[0] == "-m" else 1 :]])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     if target.stem in ("town", "tasks", "tokenizer"):  # these have no options: they just print
-        monkeypatch.setattr("builtins.print", lambda *args: None)
+        monkeypatch.setattr("builtins.print", lambda *args, **options: None)
         runpy.run_path(str(target), run_name="__main__")
         return
     with pytest.raises(Understood):
