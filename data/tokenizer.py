@@ -166,7 +166,7 @@ def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
     if kind == "bpe":
         if n_vocab < 256 + len(SPECIALS):
             raise SystemExit(f"--vocab_size {n_vocab}: a bpe tokenizer needs at least 261")
-        text = " " + " ".join(texts)
+        text = (" " + " ".join(texts))[:50_000_000]  # more would cost memory and change little
         print(f"learning a tokenizer from {len(text) / 1e6:.1f} million characters", flush=True)
         return BPETokenizer(train_bpe(text, n_vocab))
     if kind == "char":
