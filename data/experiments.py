@@ -420,20 +420,20 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
 def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool):
     """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
 
-    Reward models of 250, 1,000 and 4,000 pairs with a quarter of the labels flipped, of clean
+    Reward models of 250, 1,000 and 4,000 pairs with a third of the labels flipped, of clean
     labels, and with one layer, all trained for equally many steps. And a cure: the annotators are
     asked again, about what PPO says after its optimum. x is d = sqrt(KL); the curves of Gao et al.
     2023 (equations 1 and 2) are fitted to gold.
     """
     judges = {  # name: (pairs, share flipped, layers)
-        "250 pairs, 25 % flipped": (250, 0.25, 0),
-        "1,000 pairs, 25 % flipped": (1000, 0.25, 0),
-        "4,000 pairs, 25 % flipped": (4000, 0.25, 0),
+        "250 pairs, 35 % flipped": (250, 0.35, 0),
+        "1,000 pairs, 35 % flipped": (1000, 0.35, 0),
+        "4,000 pairs, 35 % flipped": (4000, 0.35, 0),
         "4,000 pairs, 1 layer": (4000, 0.0, 1),
         "4,000 pairs": (4000, 0.0, 0),
     }
     if quick:
-        judges = {name: judges[name] for name in ("250 pairs, 25 % flipped", "4,000 pairs")}
+        judges = {name: judges[name] for name in ("250 pairs, 35 % flipped", "4,000 pairs")}
 
     runs = []
     for seed, base in enumerate(bases):
@@ -515,7 +515,7 @@ def peaks(rows: list[dict]) -> list[dict]:
         d = np.sqrt(np.maximum([r["kl"] for r in mine], 0))
         alpha, beta, r2 = fit(method, d, np.array([r["gold"] for r in mine]))
         line |= {"alpha": alpha, "beta": beta, "r2": r2}
-        table.append({**line, "fit_peak_kl": top_of_fit(method, alpha, beta) ** 2})
+        table.append({**line, "fit_peak_kl": top_of_fit(method, alpha, beta, d.max()) ** 2})
     return table
 
 
@@ -543,21 +543,25 @@ def ask_again(base: Base, job: Job, count: int, seed: int) -> list[dict]:
 
 
 def fit(method: str, d: np.ndarray, gold: np.ndarray) -> tuple[float, float, float]:
-    """alpha, beta and R^2 of d (alpha - beta d), or for RL d (alpha - beta log d)."""
-    second = d * d if method == "best of n" else d * np.log(np.maximum(d, 1e-9))
-    (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -second], 1), gold, rcond=None)
-    left = gold - (alpha * d - beta * second)
+    """alpha, beta and R^2 of the `fitted` curve that is nearest to gold."""
+    parts = [fitted(method, 1, 0, d), fitted(method, 0, 1, d)]
+    (alpha, beta), *_ = np.linalg.lstsq(np.stack(parts, 1), gold, rcond=None)
+    left = gold - fitted(method, alpha, beta, d)
     return alpha, beta, 1 - (left**2).sum() / ((gold - gold.mean()) ** 2).sum()
 
 
-def top_of_fit(method: str, alpha: float, beta: float) -> float:
-    """The d >= 0 at which the fitted curve is highest; inf if it only rises.
+def fitted(method: str, alpha: float, beta: float, d: np.ndarray) -> np.ndarray:
+    """Gold at d: d (alpha - beta d), or for PPO and DPO d (alpha - beta log d)."""
+    return d * (alpha - beta * (d if method == "best of n" else np.log(np.maximum(d, 1e-9))))
+
+
+def top_of_fit(method: str, alpha: float, beta: float, end: float) -> float:
+    """The d from 0 to the end of the run at which the fitted curve is highest.
 
     It rests on the whole run; which of many points on a flat part is the highest, is chance.
     """
-    if beta <= 0:
-        return math.inf
-    return max(alpha / (2 * beta), 0) if method == "best of n" else float(np.exp(alpha / beta - 1))
+    d = np.linspace(0, end, 2001)
+    return float(d[fitted(method, alpha, beta, d).argmax()])
 
 
 def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
@@ -579,11 +583,10 @@ def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
                 proxy = [r["proxy"] for r in mine]
                 axis.plot(d, proxy, marker, color=colour, ms=3, mfc="none", label="its proxy")
                 alpha, beta, r2 = fit(method, d, gold)
-                x = np.linspace(0.02, d.max(), 100)
-                slope = beta * x if method == "best of n" else beta * np.log(x)
-                axis.plot(x, x * (alpha - slope), color=colour, lw=1, label=f"fit, R² {r2:.2f}")
-                top = min(top_of_fit(method, alpha, beta), d.max())
-                axis.axvline(top, color=colour, lw=1, ls=":")
+                x = np.linspace(0, d.max(), 100)
+                y = fitted(method, alpha, beta, x)
+                axis.plot(x, y, color=colour, lw=1, label=f"fit, R² {r2:.2f}")
+                axis.axvline(top_of_fit(method, alpha, beta, d.max()), color=colour, lw=1, ls=":")
         axis.set(title=judge, xlabel="square root of the KL from SFT (nats)")
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)

@@ -65,6 +65,8 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     Exits with a message that names the file if anything is missing, damaged, or not GPT-2.
     """
     folder = download(str(path)) if str(path) in NAMES else Path(path)
+    if (folder / "ckpt.pt").exists():
+        raise SystemExit(f"{folder} is the folder of a run: name its checkpoint, {folder}/ckpt.pt")
     config = read_config(folder)
     checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
     model = GPT(

@@ -80,13 +80,16 @@ def test_fits_find_the_curves_they_are_named_for():
     np.testing.assert_allclose(fit("ppo", d, d * (0.7 - 0.3 * np.log(d))), (0.7, 0.3, 1))
 
 
-@pytest.mark.parametrize("method", ["best of n", "ppo"])
-def test_top_of_a_fit_is_where_its_curve_turns_down(method):
-    d = np.linspace(0.001, 8, 8000)
-    for alpha, beta in ((0.9, 0.4), (0.4, 0.5), (-0.3, 0.3)):
-        curve = d * (alpha - beta * (d if method == "best of n" else np.log(d)))
-        assert top_of_fit(method, alpha, beta) == pytest.approx(d[curve.argmax()], abs=0.002)
-    assert top_of_fit(method, 0.5, -0.1) == math.inf
+def test_top_of_a_fit_is_where_its_derivative_is_0_or_at_an_end_of_the_run():
+    for alpha, beta in ((0.9, 0.4), (0.4, 0.5)):
+        top = top_of_fit("best of n", alpha, beta, 4.0)
+        assert top == pytest.approx(alpha / (2 * beta), abs=0.002)
+        assert top_of_fit("ppo", alpha, beta, 4.0) == pytest.approx(
+            math.exp(alpha / beta - 1), abs=0.002
+        )
+    for method in ("best of n", "ppo"):
+        assert top_of_fit(method, 0.9, 0.01, 4.0) == 4  # it only rises
+        assert top_of_fit(method, -0.9, -0.01, 4.0) == 0  # it only falls
 
 
 def test_flipped_pairs_differ_in_nothing_but_the_label():

@@ -157,6 +157,9 @@ def test_damaged_or_incomplete_folder_is_named_with_what_is_missing(copy):
     (copy / "config.json").unlink()
     with pytest.raises(SystemExit, match="cannot read .*config.json"):
         load_gpt2(copy)
+    (copy / "ckpt.pt").touch()
+    with pytest.raises(SystemExit, match="is the folder of a run: name its checkpoint, .*ckpt.pt"):
+        load_gpt2(copy)
 
 
 def test_weights_are_mapped_and_not_read_into_memory(folder):
