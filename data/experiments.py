@@ -496,21 +496,24 @@ def without_penalty(where: Path, base: Base, seed, pairs, count, layers, quick) 
 def peaks(rows: list[dict]) -> list[dict]:
     """Per judge, seed and method: where gold is highest, where it ends, and the fit.
 
-    PPO and DPO are noisy, so both are means over five neighbouring points of the run.
+    PPO and DPO are noisy, so both are means over five neighbouring points of the run. Every run
+    begins at SFT itself, whose KL, gold and proxy are 0 by definition.
     """
+
+    def smooth(name):
+        width = 1 if method == "best of n" else 5
+        means = np.convolve([r[name] for r in mine], np.ones(width) / width, "valid")
+        return np.append(0.0, means)
+
     table = []
     for judge, seed, method in dict.fromkeys((r["judge"], r["seed"], r["method"]) for r in rows):
         mine = [r for r in rows if (r["judge"], r["seed"], r["method"]) == (judge, seed, method)]
-        width = 1 if method == "best of n" else 5
-        kl, gold = (
-            np.convolve([r[name] for r in mine], np.ones(width) / width, "valid")
-            for name in ("kl", "gold")
-        )
+        kl, gold = smooth("kl"), smooth("gold")
         top = gold.argmax()
         line = {"judge": judge, "seed": seed, "method": method, "peak_kl": kl[top]}
         line |= {"peak_gold": gold[top], "last_kl": kl[-1], "last_gold": gold[-1]}
         if method != "dpo":
-            proxy = np.convolve([r["proxy"] for r in mine], np.ones(width) / width, "valid")
+            proxy = smooth("proxy")
             line |= {"peak_proxy": proxy[top], "last_proxy": proxy[-1]}
         d = np.sqrt(np.maximum([r["kl"] for r in mine], 0))
         alpha, beta, r2 = fit(method, d, np.array([r["gold"] for r in mine]))
@@ -573,6 +576,7 @@ def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
     for axis in axes.flat[len(judges) :]:
         axis.set_visible(False)
     for axis, judge in zip(axes.flat, judges):
+        quality = []
         for method in ("ppo", "dpo", "best of n"):
             colour, marker = STYLE[method]
             mine = [r for r in rows if r["judge"] == judge and r["method"] == method]
@@ -585,12 +589,14 @@ def draw_overoptimisation(rows: list[dict], judges: list[str], path: Path):
                 alpha, beta, r2 = fit(method, d, gold)
                 x = np.linspace(0, d.max(), 100)
                 y = fitted(method, alpha, beta, x)
-                axis.plot(x, y, color=colour, lw=1, label=f"fit, R² {r2:.2f}")
+                quality.append(f"{r2:.2f} ({method})")
+                axis.plot(x, y, color=colour, lw=1, label="fit of its gold")
                 axis.axvline(top_of_fit(method, alpha, beta, d.max()), color=colour, lw=1, ls=":")
-        axis.set(title=judge, xlabel="square root of the KL from SFT (nats)")
+        axis.set_title(f"{judge}\nR² of the fits: {', '.join(quality)}", fontsize=10)
+        axis.set_xlabel("square root of the KL from SFT (nats)")
         axis.tick_params(labelbottom=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower left")
+    axis.legend(fontsize=8, loc="lower right")  # in the last panel, for all
     for axis in axes[:, 0]:
         axis.set_ylabel("SD of SFT samples")
     save(figure, path)

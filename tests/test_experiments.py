@@ -126,7 +126,7 @@ def test_a_policy_that_cannot_be_is_named():
 
 def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
     kl = np.arange(30.0)
-    gold = -((kl - 12) ** 2) / 100
+    gold = 1 - ((kl - 12) ** 2) / 100
     gold[25] += 1.0  # one lucky iteration
     rows = [
         {"judge": "j", "seed": 0, "method": "ppo", "kl": k, "gold": g, "proxy": k / 10}
@@ -135,6 +135,8 @@ def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
     (line,) = peaks(rows)
     assert abs(line["peak_kl"] - 12) <= 1 and line["last_kl"] == 27
     assert line["last_gold"] < line["peak_gold"] - 0.3 and line["last_proxy"] > line["peak_proxy"]
+    (line,) = peaks([{**row, "gold": row["gold"] - 2} for row in rows])
+    assert line["peak_kl"] == line["peak_gold"] == 0  # nowhere better than SFT, where runs begin
 
 
 @pytest.mark.thorough
