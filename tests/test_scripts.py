@@ -358,7 +358,7 @@ def test_missing_earlier_stage_names_the_command_to_run(tmp_path):
         (["--device", "abacus"], "--device abacus: not available here"),
         (["--tokenizer", "words"], "--tokenizer words: there are bpe, char and gpt2"),
         (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
-        (["--n_head", "3"], "--n_head 3 must divide --n_embd 128"),
+        (["--n_head", "3", "--n_embd", "128"], "--n_head 3 must divide --n_embd 128"),
         (["--optimizer", "sgd"], "--optimizer sgd: there are muon and adamw"),
     ],
 )
