@@ -129,7 +129,7 @@ def main(cfg: Config) -> dict:
     run.panels = [["loss", "val_loss"], ["chosen", "rejected"], ["gold"], ["accuracy", "no_end"]]
     device = pick_device(cfg.device)
     if cfg.beta == 0:
-        raise SystemExit("--beta 0: the loss would be the same for every model")
+        raise SystemExit("--beta 0: preferences would count for nothing")
 
     # ---- model
     init = cfg.init or f"{cfg.out}/sft/ckpt.pt"

@@ -420,7 +420,7 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
 def overoptimisation(folder: Path, results: Path, bases: list[Base], quick: bool):
     """Without a KL penalty: the reward model's opinion rises on, and gold turns round.
 
-    Reward models of 250, 1,000 and 4,000 pairs with a third of the labels flipped, of clean
+    Reward models of 250, 1,000 and 4,000 pairs with 35 % of the labels flipped, of clean
     labels, and with one layer, all trained for equally many steps. And a cure: the annotators are
     asked again, about what PPO says after its optimum. x is d = sqrt(KL); the curves of Gao et al.
     2023 (equations 1 and 2) are fitted to gold.
