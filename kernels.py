@@ -389,8 +389,8 @@ def _run_kernel(
     if n:
         _tile_kernel[(triton.cdiv(n, block["BLOCK_N"]) * tiles,)](
             hidden, weight, out, m, s, u, base, entropies, g, h,
-            n, V, C, width, 1 / temperature,
-            MODE=mode, ENTROPY=entropy, **block, **options,
+            n, V, width, 1 / temperature,
+            CHANNELS=C, MODE=mode, ENTROPY=entropy, **block, **options,
         )  # fmt: skip
     if mode == "statistics":
         return m, s, u
@@ -418,8 +418,8 @@ if triton:
     @triton.jit
     def _tile_kernel(
         X, W, OUT, M, S, U, BASE, ENTROPIES, G, H,
-        n_rows, n_tokens, n_channels, out_stride, scale,
-        MODE: tl.constexpr, ENTROPY: tl.constexpr,
+        n_rows, n_tokens, out_stride, scale,
+        CHANNELS: tl.constexpr, MODE: tl.constexpr, ENTROPY: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
         UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
@@ -434,11 +434,11 @@ if triton:
         row_in, token_in = rows < n_rows, tokens < n_tokens
 
         # The product: BLOCK_C channels at a time, summed in float32.
-        x = X + rows[:, None] * n_channels + channels[None, :]  # (BLOCK_N, BLOCK_C) addresses
-        w = W + tokens[None, :] * n_channels + channels[:, None]  # (BLOCK_C, BLOCK_V)
+        x = X + rows[:, None] * CHANNELS + channels[None, :]  # (BLOCK_N, BLOCK_C) addresses
+        w = W + tokens[None, :] * CHANNELS + channels[:, None]  # (BLOCK_C, BLOCK_V)
         z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for first in range(0, n_channels, BLOCK_C):
-            inside = channels < n_channels - first
+        for first in range(0, CHANNELS, BLOCK_C):
+            inside = channels < CHANNELS - first
             x_part = tl.load(x + first, mask=row_in[:, None] & inside[None, :], other=0.0)
             w_part = tl.load(w + first, mask=token_in[None, :] & inside[:, None], other=0.0)
             if UPCAST:  # Triton's interpreter cannot multiply bfloat16

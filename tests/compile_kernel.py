@@ -26,13 +26,13 @@ def compile_kernel(capability: int, mode: str, entropy: bool, dtype: torch.dtype
     """Registers, shared memory and tensor-core instructions of one mode of the kernel."""
     names = kernels._tile_kernel.arg_names
     block, options = kernels._tile(dtype, shared_memory=166912)
-    constants = {"MODE": mode, "ENTROPY": entropy, **block}
+    constants = {"CHANNELS": 768, "MODE": mode, "ENTROPY": entropy, **block}
     short = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     types = {name: "*fp32" for name in names if name.isupper()}
     types |= {name: "i32" for name in names if name.startswith("n_")}
     types |= dict(X=short, W=short, OUT=short, out_stride="i32", scale="fp32")
     types |= {name: "constexpr" for name in constants}
-    aligned = [n for n in names if types[n][0] == "*"] + ["n_channels", "out_stride"]
+    aligned = [n for n in names if types[n][0] == "*"] + ["out_stride"]
     source = ASTSource(
         kernels._tile_kernel,
         types,
