@@ -23,6 +23,7 @@ Notation, here and in all files:
 import argparse
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -441,6 +442,7 @@ def main():
     from data.tasks import SHOWN
     from data.tokenizer import load_tokenizer
 
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
     parser = argparse.ArgumentParser(description="Talk to a model.", allow_abbrev=False)
     parser.add_argument("--ckpt", help="checkpoint to talk to (default: the newest stage in --out)")
     parser.add_argument("--prompt", help="answer this and exit")

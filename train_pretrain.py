@@ -121,6 +121,7 @@ def run_script(main, config_class):
     """Run a script from the command line; a full disk ends it with a message."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
     try:
         main(parse_config(config_class))
     except OSError as error:

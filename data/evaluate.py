@@ -20,6 +20,7 @@ runs several seeds.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -432,6 +433,7 @@ def draw_report(report: dict, path: Path):
 
 def main():
     """The command line."""
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

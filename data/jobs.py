@@ -80,9 +80,9 @@ def plant(edit: tuple, where: Path):
     (where / "data/expected").mkdir(parents=True, exist_ok=True)
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/expected/*.csv")]:
         shutil.copy(path, where / path.relative_to(ROOT))
-    text = (where / file).read_text()
+    text = (where / file).read_text("utf-8")
     assert text.count(right) == 1, f"{file} has {text.count(right)} times: {right}"
-    (where / file).write_text(text.replace(right, wrong))
+    (where / file).write_text(text.replace(right, wrong), "utf-8")
 
 
 def run_jobs(jobs: list[Job]):

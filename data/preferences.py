@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 from data.chat import encode_prompt, question, sample_replies
@@ -141,6 +142,7 @@ def ask_human(conversations, pairs, out: str | Path):
 
 def main():
     """The command line."""
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

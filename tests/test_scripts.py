@@ -1,5 +1,6 @@
 """The five scripts as a learner runs them, on a model so small that all take seconds."""
 
+import io
 import json
 import math
 import os
@@ -420,6 +421,25 @@ def test_full_disk_is_a_clear_error_and_leaves_the_earlier_results(tmp_path, mon
     with pytest.raises(SystemExit, match="No space left.*earlier runs are untouched"):
         train_pretrain.run_script(train_pretrain.main, train_pretrain.Config)
     assert (tmp_path / "pretrain" / "log.csv").read_bytes() == before
+
+
+def test_a_terminal_that_lacks_a_character_shows_question_marks_and_stops_no_run(
+    tmp_path, monkeypatch
+):
+    options = [f"--{name}={value}" for name, value in TINY["pretrain"].items()]
+    monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}", *options])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    train_pretrain.run_script(train_pretrain.main, train_pretrain.Config)
+    samples = (tmp_path / "pretrain" / "samples.txt").read_text("utf-8")
+    assert not samples.isascii()  # an untrained model writes bytes that are no characters
+    sys.stdout.flush()
+    assert samples.encode("ascii", "replace") in sys.stdout.buffer.getvalue()
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "argv", ["x", "--ckpt", f"{tmp_path}/pretrain/ckpt.pt", "--prompt=Ü"])
+    gpt.main()
+    sys.stdout.flush()
+    assert b"?" in sys.stdout.buffer.getvalue()
 
 
 def test_help_lists_every_option_with_its_comment():
