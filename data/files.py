@@ -62,7 +62,8 @@ def read_rows(path: str | Path) -> list[dict]:
             raise SystemExit(
                 f"{path}:{line}: expected an object like {{...}}, found {str(row)[:40]!r}"
             )
-        rows.append({**row, "where": f"{path}:{line}"})
+        number = f" (row {len(rows) + 1})" if is_list else ""  # a list may be all on one line
+        rows.append({**row, "where": f"{path}:{line}{number}"})
     if is_list and place == len(text):
         raise SystemExit(f"{path}:{line}: the list is never closed; is the file cut short?")
     if not rows:
@@ -212,6 +213,8 @@ def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
 
 def held_out(rows: list) -> tuple[list, list]:
     """(rows to train on, rows to test on): the last tenth of a file is never trained on."""
+    if len(rows) < 2:
+        raise SystemExit("--data: two rows are needed at least, one to train on and one to test on")
     cut = len(rows) - max(len(rows) // 10, 1)
     return rows[:cut], rows[cut:]
 

@@ -74,7 +74,8 @@ def test_gzip_byte_order_mark_and_windows_lines_are_read(tmp_path):
     [
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a"', r"rows:2: not valid JSON"),
         ('{"prompt": "a", "response": "b"}\n\n{"prompt": "a"}', r'rows:3: no field "output"'),
-        ('[{"prompt": "a",\n"response": 3}]', r'rows:1: field "response" must be text, not'),
+        ('[{"prompt": "a",\n"response": 3}]', r'rows:1 \(row 1\): field "response" must be'),
+        ('[{"prompt": "a", "response": "b"}, {}]', r'rows:1 \(row 2\): no field "prompt"'),
         ('{"prompt": " ", "response": "b"}', r'rows:1: field "prompt" must be text'),
         ("[1]", r"rows:1: expected an object"),
         ('[{"prompt": "a", "response": "b"}', r"never closed"),
@@ -164,3 +165,5 @@ def test_rows_that_do_not_fit_are_counted_and_named(capsys):
 def test_the_last_tenth_is_held_out():
     assert held_out(list(range(100))) == (list(range(90)), list(range(90, 100)))
     assert held_out([1, 2]) == ([1], [2])
+    with pytest.raises(SystemExit, match="two rows are needed at least"):
+        held_out([1])
