@@ -200,7 +200,7 @@ def test_ppo_takes_a_reward_that_needs_no_reward_model(chain, tmp_path):
         with pytest.raises(SystemExit, match=f"--reward {reward}: there are rm, gold"):
             run("ppo", tmp_path, reward=reward, data=data_file and str(tmp_path / data_file))
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "Hi"}] * 20))
-    with pytest.raises(SystemExit, match="prompts.json:1: --reward exact needs a reply"):
+    with pytest.raises(SystemExit, match=r"prompts.json:1 \(row 1\): --reward exact needs"):
         run("ppo", tmp_path, reward="exact", data=str(tmp_path / "prompts.json"))
 
 
