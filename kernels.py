@@ -209,7 +209,8 @@ class _Logprobs(Function):
             part = _statistics(hidden[rows], weight, target[rows], temperature, with_entropy)
             statistics[:, rows] = torch.stack(part)
         ctx.save_for_backward(hidden, weight, target, statistics)
-        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # what no loss uses has upstream None, and costs nothing
         logprobs, _, entropy = statistics.clone()
         return logprobs, entropy
 
@@ -217,10 +218,11 @@ class _Logprobs(Function):
     def backward(ctx, g, h):
         _forbid_double_backward()
         hidden, weight, target, statistics = ctx.saved_tensors
-        g, h = g.contiguous(), h.contiguous()  # of a .sum(), it is one number for all rows
+        g = torch.zeros_like(statistics[0]) if g is None else g.contiguous()
+        h = None if h is None else h.contiguous()  # the gradient of .sum() is one number, expanded
         d_hidden, d_weight = _empty_gradients(ctx, hidden, weight)
         for rows in _chunks(target, weight):
-            upstream = g[rows], h[rows] if ctx.with_entropy else None
+            upstream = g[rows], None if h is None else h[rows]
             dz = _logit_gradients(
                 hidden[rows], weight, target[rows], ctx.temperature, statistics[:, rows], *upstream
             )

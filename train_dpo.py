@@ -67,7 +67,7 @@ class Config:
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # loss
     loss: str = "dpo"  # dpo, cdpo, ipo or simpo
-    beta: float = 0.35  # how dearly the policy pays for leaving the reference (SimPO: try 2)
+    beta: float = 0.25  # how dearly the policy pays for leaving the reference (SimPO: try 2)
     label_smoothing: float = 0.1  # cdpo: the share of labels that are thought to be wrong
     simpo_margin: float = 0.5  # simpo: how much better chosen should be, in units of the loss
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss
@@ -81,7 +81,7 @@ class Config:
     # run
     max_new_tokens: int = 48  # longest reply when sampling
     seed: int = 0  # everything random follows from it
-    eval_every: int = 40  # steps between evaluations on samples
+    eval_every: int = 50  # steps between evaluations on samples
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
@@ -158,6 +158,7 @@ def main(cfg: Config) -> dict:
         row["length"] = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     rows = keep_fitting(rows, [row["length"] for row in rows], model.config.context)
     rows, test_rows = held_out(rows)
+    test_rows_by_length = sorted(test_rows, key=lambda row: row["length"])
     batches = []
     for epoch in range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, epoch])
@@ -212,9 +213,7 @@ def main(cfg: Config) -> dict:
     @torch.no_grad()
     def evaluate() -> dict:
         """Held-out pairs, and what the model says by itself: the loss knows nothing of that."""
-        losses, log_ratios = zip(
-            *(losses_of(test_rows[i : i + 64]) for i in range(0, len(test_rows), 64))
-        )
+        losses, log_ratios = zip(*(losses_of(part) for part in pieces(test_rows_by_length, 64)))
         chosen, rejected = torch.cat(log_ratios, 1)
         replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
         said = tensors(

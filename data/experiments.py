@@ -196,7 +196,7 @@ def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
     for seed, base in enumerate(bases):
         # Those of the README's command, with the default beta ...
         policies += [("ppo", 0.15, seed, Job(base.folder, "ppo"))]
-        policies += [("dpo", 0.35, seed, Job(base.folder, "dpo"))]
+        policies += [("dpo", 0.25, seed, Job(base.folder, "dpo"))]
         # ... and others.
         common = {"seed": seed, "init": base.folder / "sft/ckpt.pt"}
         for beta in (0.5,) if quick else (0.05, 0.5, 1.5):
@@ -332,7 +332,7 @@ def cost(results: Path, bases: list[Base], rows: list[dict]):
     """
     table, curves = [], []
     for row in rows:
-        if (row["method"], row.get("setting")) not in (("ppo", 0.15), ("dpo", 0.35)):
+        if (row["method"], row.get("setting")) not in (("ppo", 0.15), ("dpo", 0.25)):
             continue
         folder, method = bases[row["seed"]].folder, row["method"]
         costs = {
