@@ -7,7 +7,7 @@
     reads    out/sft/ckpt.pt, out/preferences.jsonl (made if missing; or --data pairs.jsonl)
     writes   out/dpo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_dpo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 0.9 SD, KL 1.0 nats per reply
+    expect   1 minute on two cores; gold of samples from 0.0 to 0.8 SD, KL 1.1 nats per reply
 
 Why this is RLHF: the policy that maximises E[r] - beta KL is pi_ref exp(r / beta) / Z. Turned
 around, every policy is optimal for the reward beta log(pi / pi_ref) + beta log Z(prompt). Put that

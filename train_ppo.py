@@ -15,7 +15,7 @@
              under --reward gold or exact, no reward model
     writes   out/ppo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_ppo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 1.9 nats per reply
+    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 1.8 nats per reply
 
 The policy is the only model that is kept. The KL term holds it near the SFT model, where the reward
 model has seen replies and can be trusted. `proxy` is what the policy is trained on, `gold` what it
