@@ -21,16 +21,16 @@ import train_sft
 from data.expected import CAUSES, FOLDER, SLACK, Check, make_bands, read_log
 from data.jobs import plant
 
-BUGS = {  # stage: (file, right, wrong), and the curve that tells
-    "pretrain": ("gpt.py", "is_causal=mask is None)", "is_causal=False)", "loss"),
-    "sft": ("data/chat.py", "system + text), 0)", "system + text), 1)", "loss"),
-    "rm": ("train_rm.py", "(chosen_scores - rejected", "(rejected_scores - chosen", "accuracy"),
-    "ppo": ("train_ppo.py", "rewards = -beta *", "rewards = beta *", "kl"),
+BUGS = {  # stage: (file, right, wrong), and the curves that may tell first
+    "pretrain": ("gpt.py", "is_causal=mask is None)", "is_causal=False)", ["loss"]),
+    "sft": ("data/chat.py", "system + text), 0)", "system + text), 1)", ["loss"]),
+    "rm": ("train_rm.py", "(chosen_scores - rejected", "(rejected_scores - chosen", ["accuracy"]),
+    "ppo": ("train_ppo.py", "rewards = -beta *", "rewards = beta *", ["kl", "gold"]),
     "dpo": (
         "train_dpo.py",
         "view_as(target).sum(1)",
         "view_as(target).sum(1) / mask.sum(1)",
-        "grad_norm",
+        ["grad_norm"],
     ),
 }
 
@@ -162,7 +162,7 @@ def test_check_is_silent_while_a_right_run_begins(tmp_path):
 @pytest.mark.thorough
 @pytest.mark.parametrize("stage", BUGS)
 def test_check_speaks_on_a_planted_bug(stage, tmp_path, request):
-    *edit, curve = BUGS[stage]
+    *edit, curves = BUGS[stage]
     plant(tuple(edit), tmp_path / "edited")
     options = []
     if stage != "pretrain":
@@ -176,7 +176,7 @@ def test_check_speaks_on_a_planted_bug(stage, tmp_path, request):
         (tmp_path / "preferences.jsonl").symlink_to(chain / "preferences.jsonl")
     sentence = first_words(stage, tmp_path / "edited", tmp_path, *options)
     print(sentence)
-    assert sentence and f"check: {curve} " in sentence
+    assert sentence and any(f"check: {curve} " in sentence for curve in curves)
 
 
 @pytest.mark.thorough
