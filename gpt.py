@@ -57,7 +57,7 @@ class Cache:
     def __init__(self, model: "GPT", n_rows: int, length: int):
         config, weight = model.config, model.wte.weight
         hs = config.n_embd // config.n_head
-        shape = config.n_layer, n_rows, length, config.n_head, hs  # (L, B, T, nh, hs)
+        shape = config.n_layer, n_rows, config.n_head, length, hs  # (L, B, nh, T, hs)
         dtype = torch.bfloat16 if model.bf16 else weight.dtype
         self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in "kv")
 
@@ -68,19 +68,19 @@ class Cache:
         return view
 
     def update(self, layer, positions, mask, k, v):
-        """Store k, v (B, T, nh, hs) of one layer and return those that its queries look at.
+        """Store k, v (B, nh, T, hs) of one layer and return those that its queries look at.
 
         Without positions these are prompts, read from their start. With positions (B,), T is 1:
         one more token per row, which looks at as many columns as its mask has.
         """
         keys, values = self.keys[layer], self.values[layer]
         if positions is None:
-            keys[:, : k.shape[1]], values[:, : k.shape[1]] = k, v
+            keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
             return k, v
         rows = torch.arange(len(positions), device=positions.device)
-        keys[rows, positions], values[rows, positions] = k[:, 0], v[:, 0]
+        keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
         end = mask.shape[-1]
-        return keys[:, :end], values[:, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -96,9 +96,9 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). The others are needed while sampling: see Cache.update."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(layer, positions, mask, k, v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
