@@ -28,6 +28,8 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
+import train_dpo
+import train_ppo
 from data.chat import encode_chat
 from data.evaluate import Stage, describe, golds, interval, reply_logprobs
 from data.files import held_out, read_preferences
@@ -41,6 +43,8 @@ from train_rm import score_sequences
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# The beta with which the README's command trains.
+DEFAULT = {"ppo": train_ppo.Config().beta, "dpo": train_dpo.Config().beta}
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 # Okabe and Ito: told apart by the colour-blind, and in grey by their markers.
 STYLE = {
@@ -195,8 +199,7 @@ def frontier(folder: Path, results: Path, bases: list[Base], quick: bool):
     policies = []
     for seed, base in enumerate(bases):
         # Those of the README's command, with the default beta ...
-        policies += [("ppo", 0.15, seed, Job(base.folder, "ppo"))]
-        policies += [("dpo", 0.25, seed, Job(base.folder, "dpo"))]
+        policies += [(name, beta, seed, Job(base.folder, name)) for name, beta in DEFAULT.items()]
         # ... and others.
         common = {"seed": seed, "init": base.folder / "sft/ckpt.pt"}
         for beta in (0.5,) if quick else (0.05, 0.5, 1.5):
@@ -332,7 +335,7 @@ def cost(results: Path, bases: list[Base], rows: list[dict]):
     """
     table, curves = [], []
     for row in rows:
-        if (row["method"], row.get("setting")) not in (("ppo", 0.15), ("dpo", 0.25)):
+        if row["method"] not in DEFAULT or row["setting"] != DEFAULT[row["method"]]:
             continue
         folder, method = bases[row["seed"]].folder, row["method"]
         costs = {
