@@ -35,6 +35,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 @dataclass
 class GPTConfig:
+    """The shape of a model; it is saved with the weights."""
+
     vocab_size: int  # token ids that mean something
     context: int  # longest sequence, in tokens
     n_layer: int
@@ -273,7 +275,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     # float64, so that rare tokens keep their share; but Apple's GPUs have none. (torch.multinomial
     # draws one random number per token of the vocabulary; that made sampling a third slower.)
     dtype = torch.float32 if probs.is_mps else torch.float64
-    edges = probs.to(dtype).cumsum(1)  # (B, V)
+    edges = probs.cumsum(1, dtype=dtype)  # (B, V)
     u = torch.rand(len(probs), 1, dtype=dtype, device=probs.device, generator=generator)
     ids = torch.searchsorted(edges, u * edges[:, -1:], right=True).squeeze(1)
     return ids, probs.gather(1, ids[:, None]).squeeze(1).log()
@@ -489,6 +491,7 @@ def main():
         return
 
     def answer(text: str, seed: int):
+        """Print what every model says to text."""
         for model, tokenizer, stage in models:
             if stage == "pretrain":  # it has never seen a chat: the text opens a document
                 prompt, stop = encode_opening(tokenizer, text), tokenizer.eot

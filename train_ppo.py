@@ -378,16 +378,15 @@ def main(cfg: Config) -> dict:
                 for start in range(0, len(minibatch), cfg.microbatch)[RANK::WORLD]:
                     part = minibatch[start : start + cfg.microbatch]
                     end = ends[part[-1]]
-                    ids, m = tokens[part, :end], mask[part, : end - 1]
-
-                    def old(x):  # the same rows and columns of something from the rollout
-                        return x[part, : end - 1]
-
+                    here = part, slice(end - 1)  # these rows, without the columns that only pad
+                    ids, m = tokens[part, :end], mask[here]
                     hidden = policy(ids[:, :-1])
                     logprobs, _ = response_logprobs(hidden, policy.head, ids, m, cfg.temperature)
-                    pg, ratio = policy_loss(logprobs, old(old_logprobs), old(advantages), cfg.clip)
+                    pg, ratio = policy_loss(
+                        logprobs, old_logprobs[here], advantages[here], cfg.clip
+                    )
                     values = critic(ids[:, :-1])
-                    vf = value_loss(values, old(old_values), old(returns), cfg.value_clip)
+                    vf = value_loss(values, old_values[here], returns[here], cfg.value_clip)
                     # Every token of the minibatch counts the same, whatever the reply it is in.
                     ((pg * m).sum() / n_tokens).backward()
                     ((vf * m).sum() / n_tokens).backward()
@@ -396,7 +395,7 @@ def main(cfg: Config) -> dict:
                         off = (ratio - 1).abs() * m
                         if epoch == 0 and first == 0:
                             ratio_errors[part] = off.amax(1)
-                        approx_kl = k3(old(old_logprobs) - logprobs)  # of the old policy to the new
+                        approx_kl = k3(old_logprobs[here] - logprobs)  # of old policy to new
                         for i, x in enumerate((pg, vf, approx_kl, (off > cfg.clip).float())):
                             numbers[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and first == 0:

@@ -6,15 +6,15 @@
     reads    documents of the town, generated on the spot    (or --data file.txt)
     writes   out/pretrain/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_pretrain.py
-    expect   3 minutes on two cores; validation loss 0.72 nats per token, 0.30 bits per byte
+    expect   2 to 3 minutes on two cores; validation loss 0.72 nats per token, 0.30 bits per byte
 
 The result knows words, facts, sums and Spanish, but not that anybody wants an answer: asked "What
 is 4-2 and 3-1?", it carries on as if that were the start of a story. That is what SFT is for.
 
-This first script also holds the run mechanics that all five share: `parse_config` (options from the
-command line), `pick_device`, a few functions for several processes, `step_optimizers`, `lr_at` and
-`Run` (folder, log, plot, progress bar, Ctrl-C, --resume). The later scripts import them from here
-and keep only their own ideas.
+The second half of this file is for all five scripts: options from the command line, the device,
+several processes, and `Run`, which keeps the folder, log, plot and progress bar, and survives
+Ctrl-C. The later scripts import them from here and keep only their own ideas. Pretraining itself
+ends where that half begins.
 
 References: Radford et al. 2019 (GPT-2); Jordan et al. 2024 (Muon, https://kellerjordan.github.io/
 posts/muon/). Differs from GPT-2 in: size, data, Muon for the matrices, no dropout.
@@ -87,6 +87,252 @@ class Config:
     out: str = "out"  # folder of all runs; this one writes to out/pretrain
     resume: bool = False  # go on with an interrupted run
     check: bool = False  # compare the curves with those of right runs, in data/expected/
+
+
+# ---------------------------------------------------------------------------------------------
+# Data: documents -> one long row of token ids, and where to read in it
+
+
+def write_tokens(texts: list[str], tokenizer, path: Path):
+    """Encode documents, each opened by end-of-text, into one file of ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for text in texts:
+            ids = [tokenizer.eot] + tokenizer.encode(text)
+            np.array(ids, dtype=token_dtype(tokenizer)).tofile(file)
+
+
+def read_tokens(tokenizer, path: Path) -> np.memmap:
+    """That file, memory-mapped: it may be larger than the memory. Exits if it is unreadable."""
+    try:
+        return np.memmap(path, dtype=token_dtype(tokenizer), mode="r")
+    except (OSError, ValueError) as error:  # not there; empty, or half a token at the end
+        raise SystemExit(f"cannot read {path} as token ids: {error}")
+
+
+def token_dtype(tokenizer):
+    """Two bytes per token where they suffice."""
+    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+
+
+def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
+    """Where training may start to read: at every document, and every `context` tokens inside it.
+
+    Windows cut anywhere would ask the model to guess names whose introduction it cannot see.
+    Returns the positions (N + 1,), of which the last is the end of the tokens.
+    """
+    documents = np.flatnonzero(tokens == eot)
+    ends = np.append(documents[1:], len(tokens))
+    cuts = [np.arange(start, end, context) for start, end in zip(documents, ends)]
+    return np.concatenate([*cuts, [len(tokens)]])
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers and learning rate
+
+
+def orthogonalise(g: torch.Tensor) -> torch.Tensor:
+    """The matrix closest to g = U S V^T whose singular values are all alike: about U V^T.
+
+    With x = g / |g|, whose singular values s lie between 0 and 1, the product
+    a x + b (x x^T) x + c (x x^T)^2 x has the values a s + b s^3 + c s^5 and the same U and V. With
+    these coefficients five rounds of it bring nearly every s to between 0.7 and 1.2, and that with
+    matrix products alone, which are much cheaper than an SVD.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.T if g.shape[0] > g.shape[1] else g  # so that x x^T is the smaller of the two products
+    x = x / x.norm().clamp(min=1e-7)
+    x = x.bfloat16() if x.is_cuda else x  # precise enough, but slow on many CPUs
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, b * gram + c * gram @ gram, x, beta=a)  # a x + (...) x
+    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, but each step moves a matrix by the same amount in all its directions.
+
+    A gradient has a few large singular values and many small ones, so plain steps learn a few
+    directions well and the others hardly. As torch.optim.Muon, but in float32 on CPUs, where
+    torch's bfloat16 took three times as long.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        """Move every parameter along its gradient's running mean, made orthogonal."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                state["mean"].lerp_(p.grad, 1 - momentum)  # running mean of the gradient
+                ahead = p.grad.lerp(state["mean"], momentum)  # Nesterov: where it is going
+                p.mul_(1 - lr * group["weight_decay"])
+                tall = max(1, p.shape[0] / p.shape[1]) ** 0.5  # more outputs than inputs: step more
+                p.sub_(orthogonalise(ahead), alpha=lr * tall)
+
+
+def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks (or not), AdamW for all else; for pretraining only.
+
+    Tables and matrices are decayed; biases and norms, one-dimensional, are not.
+    """
+    if cfg.optimizer not in ("muon", "adamw"):
+        raise SystemExit(f"--optimizer {cfg.optimizer}: there are muon and adamw")
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in f".{name}"]
+    if cfg.optimizer == "adamw":
+        inner = []
+    taken = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = {"adamw": torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)}
+    if inner:
+        optimizers["muon"] = Muon(inner, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
+    return optimizers
+
+
+def step_optimizers(optimizers, lr_share: float):
+    """One step of these optimizers at this share of their peak rates; gradients are cleared."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_share * optimizer.defaults["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def lr_at(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+    """Share of the peak learning rate: linear up over warmup, then linear down to floor."""
+    up = (step + 1) / max(warmup, 1)
+    down = floor + (1 - floor) * (steps - step) / max(steps - warmup, 1)
+    return min(up, down, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) -> float:
+    """Mean loss in nats over all tokens, each predicted from its own document up to there."""
+    total, device = 0.0, model.wte.weight.device
+    pieces = sorted(zip(cuts, cuts[1:]), key=lambda piece: piece[1] - piece[0])
+    for i in range(0, len(pieces), 64):  # pieces of similar length side by side: little padding
+        rows = [tokens[start : end + 1].tolist() for start, end in pieces[i : i + 64]]
+        idx, target = pad([row[:-1] for row in rows], eot), pad([row[1:] for row in rows], -100)
+        hidden = model(idx.to(device)).flatten(0, 1)
+        target = target.flatten().to(device)
+        total += linear_cross_entropy(hidden, model.head, target, reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+
+def main(cfg: Config) -> dict:
+    """Train, and return the last validation loss and bits per byte."""
+    run = Run("pretrain", cfg)
+    run.panels = [["loss", "val_loss"], ["grad_norm"]]
+    device = pick_device(cfg.device)
+    if cfg.n_embd % cfg.n_head:
+        raise SystemExit(f"--n_head {cfg.n_head} must divide --n_embd {cfg.n_embd}")
+    if cfg.context < 2:
+        raise SystemExit("--context 1: a text of two tokens is the shortest that can be learned")
+
+    # ---- data: documents -> one long row of token ids; the model that will read them
+    token_files = cfg.data.endswith(".bin")  # ids of GPT-2's tokenizer, from data.download
+    if token_files:
+        train_texts, val_texts = [], []
+    elif cfg.data:
+        texts = [text for text in read_text(cfg.data).split("<|endoftext|>") if text.strip()]
+        if len(texts) == 1:  # one document: its last tenth is for validation
+            cut = len(texts[0]) * 9 // 10
+            train_texts, val_texts = [texts[0][:cut]], [texts[0][cut:]]
+        else:
+            train_texts, val_texts = held_out(texts)
+        openings = [text[:20] for text in val_texts[:3]]
+    else:
+        train_texts = documents(cfg.documents, cfg.seed)
+        val_texts = documents(1000, "validation")
+        openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
+    if cfg.init:
+        model, checkpoint = load_model(cfg.init, device)
+        tokenizer = load_tokenizer(checkpoint["tokenizer"])
+        if cfg.context > model.config.context:
+            raise SystemExit(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
+    else:
+        tokenizer = make_tokenizer(cfg.tokenizer, train_texts + val_texts, cfg.vocab_size)
+        shape = cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd
+        model = GPT(GPTConfig(tokenizer.n_vocab, *shape)).to(device)
+    model.train()
+    set_speed(cfg, model)
+    if token_files:
+        if tokenizer.state["kind"] != "gpt2":
+            raise SystemExit(f"{cfg.data} holds ids of GPT-2: add --tokenizer gpt2 or --init gpt2")
+        paths = Path(cfg.data), Path(cfg.data).with_name("val.bin")
+        val_texts = [tokenizer.decode(read_tokens(tokenizer, paths[1]).tolist())]
+        openings = [" ".join(val_texts[0].split(" ")[:4])]
+    else:
+        paths = run.folder / "train.bin", run.folder / "val.bin"
+        for texts, path in zip((train_texts, val_texts), paths):
+            on_first_rank(write_tokens, texts, tokenizer, path)
+    train, val = (read_tokens(tokenizer, path) for path in paths)
+    if min(len(train), len(val)) < cfg.context + 1:
+        raise SystemExit(
+            f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
+            f"tokens are too few for a context of {cfg.context}"
+        )
+    starts, val_cuts = (cut_documents(ids, tokenizer.eot, cfg.context) for ids in (train, val))
+    starts = starts[starts + cfg.context < len(train)]
+    val_bytes = sum(len(text.encode()) for text in val_texts)
+
+    optimizers = make_optimizers(model, cfg)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "
+        f"the vocabulary, {len(train):,} in the data, {cfg.batch_size * cfg.context:,} a step, "
+        f"{' and '.join(optimizers)}"
+    )
+
+    # ---- training
+    for step in run.steps(cfg.steps, model, tokenizer, **optimizers):
+        rng = np.random.default_rng([cfg.seed, step])
+        mine = my_share(rng.choice(starts, cfg.batch_size))
+        rows = [train[i : i + cfg.context + 1] for i in mine]
+        loss = 0.0
+        for part in pieces(torch.from_numpy(np.stack(rows).astype(np.int64)), cfg.microbatch):
+            idx = part.to(device)  # (B, T + 1)
+            hidden = model(idx[:, :-1])  # (B, T, C): what the model knows after reading token t ...
+            target = idx[:, 1:]  # ... and the token t + 1 that it must predict from it
+            mean = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
+            part_loss = mean * len(part) / len(mine)
+            part_loss.backward()
+            loss += part_loss.item()
+        grad_norm = average_gradients(model, cfg.grad_clip)
+        run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
+        step_optimizers(optimizers.values(), lr_at(step, cfg.steps, cfg.warmup))
+        run.forwards += 3 * cfg.batch_size * cfg.context  # forward 1, backward 2
+
+        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
+            val_loss = validation_loss(model, val, val_cuts, tokenizer.eot)
+            bits = val_loss / math.log(2) * (len(val) - 1) / val_bytes
+            run.log(step, val_loss=val_loss, bits_per_byte=bits)
+            run.say(
+                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
+                f"validation loss {val_loss:.3f}, {bits:.3f} bits per byte  {run.elapsed():.0f} s"
+            )
+
+    # ---- results
+    prompts = [encode_opening(tokenizer, text)[: cfg.context // 2] for text in openings]
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    replies, _ = generate(model, prompts, 60, stop=tokenizer.eot, generator=generator)
+    texts = [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]
+    samples = "\n\n".join(texts) + "\n"
+    print(samples)
+    run.finish(model, samples)
+    return {"val_loss": val_loss, "bits_per_byte": bits}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +460,7 @@ def on_first_rank(function, *args):
         distributed.barrier()
 
 
-# ---- Speed, optimizers and learning rate
+# ---- Speed
 
 
 def set_speed(cfg, *models):
@@ -235,87 +481,7 @@ def pieces(batch, size: int) -> list:
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
-def orthogonalise(g: torch.Tensor) -> torch.Tensor:
-    """The matrix closest to g = U S V^T whose singular values are all alike: about U V^T.
-
-    With x = g / |g|, whose singular values s lie between 0 and 1, the product
-    a x + b (x x^T) x + c (x x^T)^2 x has the values a s + b s^3 + c s^5 and the same U and V. With
-    these coefficients five rounds of it bring nearly every s to between 0.7 and 1.2, and that with
-    matrix products alone, which are much cheaper than an SVD.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.T if g.shape[0] > g.shape[1] else g  # so that x x^T is the smaller of the two products
-    x = x / x.norm().clamp(min=1e-7)
-    x = x.bfloat16() if x.is_cuda else x  # precise enough, but slow on many CPUs
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, b * gram + c * gram @ gram, x, beta=a)  # a x + (...) x
-    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, but each step moves a matrix by the same amount in all its directions.
-
-    A gradient has a few large singular values and many small ones, so plain steps learn a few
-    directions well and the others hardly. As torch.optim.Muon, but in float32 on CPUs, where
-    torch's bfloat16 took three times as long.
-    """
-
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        """Move every parameter along its gradient's running mean, made orthogonal."""
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["mean"] = torch.zeros_like(p)
-                state["mean"].lerp_(p.grad, 1 - momentum)  # running mean of the gradient
-                ahead = p.grad.lerp(state["mean"], momentum)  # Nesterov: where it is going
-                p.mul_(1 - lr * group["weight_decay"])
-                tall = max(1, p.shape[0] / p.shape[1]) ** 0.5  # more outputs than inputs: step more
-                p.sub_(orthogonalise(ahead), alpha=lr * tall)
-
-
-def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks (or not), AdamW for all else; for pretraining only.
-
-    Tables and matrices are decayed; biases and norms, one-dimensional, are not.
-    """
-    if cfg.optimizer not in ("muon", "adamw"):
-        raise SystemExit(f"--optimizer {cfg.optimizer}: there are muon and adamw")
-    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in f".{name}"]
-    if cfg.optimizer == "adamw":
-        inner = []
-    taken = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers = {"adamw": torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)}
-    if inner:
-        optimizers["muon"] = Muon(inner, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
-    return optimizers
-
-
-def step_optimizers(optimizers, lr_share: float):
-    """One step of these optimizers at this share of their peak rates; gradients are cleared."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr_share * optimizer.defaults["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def lr_at(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Share of the peak learning rate: linear up over warmup, then linear down to floor."""
-    up = (step + 1) / max(warmup, 1)
-    down = floor + (1 - floor) * (steps - step) / max(steps - warmup, 1)
-    return min(up, down, 1.0)
+# ---- The run itself
 
 
 class Run:
@@ -499,161 +665,6 @@ def plot(rows: list[dict], panels: list[list[str]], path: Path):
 
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe and Ito: safe for the colour-blind
-
-
-# ---------------------------------------------------------------------------------------------
-# The stage
-
-
-def write_tokens(texts: list[str], tokenizer, path: Path):
-    """Encode documents, each opened by end-of-text, into one file of ids."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        for text in texts:
-            ids = [tokenizer.eot] + tokenizer.encode(text)
-            np.array(ids, dtype=token_dtype(tokenizer)).tofile(file)
-
-
-def read_tokens(tokenizer, path: Path) -> np.memmap:
-    """That file, memory-mapped: it may be larger than the memory. Exits if it is unreadable."""
-    try:
-        return np.memmap(path, dtype=token_dtype(tokenizer), mode="r")
-    except (OSError, ValueError) as error:  # not there; empty, or half a token at the end
-        raise SystemExit(f"cannot read {path} as token ids: {error}")
-
-
-def token_dtype(tokenizer):
-    """Two bytes per token where they suffice."""
-    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-
-
-def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
-    """Where training may start to read: at every document, and every `context` tokens inside it.
-
-    Windows cut anywhere would ask the model to guess names whose introduction it cannot see.
-    Returns the positions (N + 1,), of which the last is the end of the tokens.
-    """
-    documents = np.flatnonzero(tokens == eot)
-    ends = np.append(documents[1:], len(tokens))
-    cuts = [np.arange(start, end, context) for start, end in zip(documents, ends)]
-    return np.concatenate([*cuts, [len(tokens)]])
-
-
-@torch.no_grad()
-def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) -> float:
-    """Mean loss in nats over all tokens, each predicted from its own document up to there."""
-    total, device = 0.0, model.wte.weight.device
-    pieces = sorted(zip(cuts, cuts[1:]), key=lambda piece: piece[1] - piece[0])
-    for i in range(0, len(pieces), 64):  # pieces of similar length side by side: little padding
-        rows = [tokens[start : end + 1].tolist() for start, end in pieces[i : i + 64]]
-        idx, target = pad([row[:-1] for row in rows], eot), pad([row[1:] for row in rows], -100)
-        hidden = model(idx.to(device)).flatten(0, 1)
-        target = target.flatten().to(device)
-        total += linear_cross_entropy(hidden, model.head, target, reduction="sum").item()
-    return total / (len(tokens) - 1)
-
-
-def main(cfg: Config) -> dict:
-    """Train, and return the last validation loss and bits per byte."""
-    run = Run("pretrain", cfg)
-    run.panels = [["loss", "val_loss"], ["grad_norm"]]
-    device = pick_device(cfg.device)
-    if cfg.n_embd % cfg.n_head:
-        raise SystemExit(f"--n_head {cfg.n_head} must divide --n_embd {cfg.n_embd}")
-    if cfg.context < 2:
-        raise SystemExit("--context 1: a text of two tokens is the shortest that can be learned")
-
-    # ---- data: documents -> one long row of token ids; the model that will read them
-    token_files = cfg.data.endswith(".bin")  # ids of GPT-2's tokenizer, from data.download
-    if token_files:
-        train_texts, val_texts = [], []
-    elif cfg.data:
-        texts = [text for text in read_text(cfg.data).split("<|endoftext|>") if text.strip()]
-        if len(texts) == 1:  # one document: its last tenth is for validation
-            cut = len(texts[0]) * 9 // 10
-            train_texts, val_texts = [texts[0][:cut]], [texts[0][cut:]]
-        else:
-            train_texts, val_texts = held_out(texts)
-        openings = [text[:20] for text in val_texts[:3]]
-    else:
-        train_texts = documents(cfg.documents, cfg.seed)
-        val_texts = documents(1000, "validation")
-        openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
-    if cfg.init:
-        model, checkpoint = load_model(cfg.init, device)
-        tokenizer = load_tokenizer(checkpoint["tokenizer"])
-        if cfg.context > model.config.context:
-            raise SystemExit(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
-    else:
-        tokenizer = make_tokenizer(cfg.tokenizer, train_texts + val_texts, cfg.vocab_size)
-        shape = cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd
-        model = GPT(GPTConfig(tokenizer.n_vocab, *shape)).to(device)
-    model.train()
-    set_speed(cfg, model)
-    if token_files:
-        if tokenizer.state["kind"] != "gpt2":
-            raise SystemExit(f"{cfg.data} holds ids of GPT-2: add --tokenizer gpt2 or --init gpt2")
-        paths = Path(cfg.data), Path(cfg.data).with_name("val.bin")
-        val_texts = [tokenizer.decode(read_tokens(tokenizer, paths[1]).tolist())]
-        openings = [" ".join(val_texts[0].split(" ")[:4])]
-    else:
-        paths = run.folder / "train.bin", run.folder / "val.bin"
-        for texts, path in zip((train_texts, val_texts), paths):
-            on_first_rank(write_tokens, texts, tokenizer, path)
-    train, val = (read_tokens(tokenizer, path) for path in paths)
-    if min(len(train), len(val)) < cfg.context + 1:
-        raise SystemExit(
-            f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
-            f"tokens are too few for a context of {cfg.context}"
-        )
-    starts, val_cuts = (cut_documents(ids, tokenizer.eot, cfg.context) for ids in (train, val))
-    starts = starts[starts + cfg.context < len(train)]
-    val_bytes = sum(len(text.encode()) for text in val_texts)
-
-    optimizers = make_optimizers(model, cfg)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.n_vocab} tokens in "
-        f"the vocabulary, {len(train):,} in the data, {cfg.batch_size * cfg.context:,} a step, "
-        f"{' and '.join(optimizers)}"
-    )
-
-    # ---- training
-    for step in run.steps(cfg.steps, model, tokenizer, **optimizers):
-        rng = np.random.default_rng([cfg.seed, step])
-        mine = my_share(rng.choice(starts, cfg.batch_size))
-        rows = [train[i : i + cfg.context + 1] for i in mine]
-        loss = 0.0
-        for part in pieces(torch.from_numpy(np.stack(rows).astype(np.int64)), cfg.microbatch):
-            idx = part.to(device)  # (B, T + 1)
-            hidden = model(idx[:, :-1])  # (B, T, C): what the model knows after reading token t ...
-            target = idx[:, 1:]  # ... and the token t + 1 that it must predict from it
-            mean = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
-            part_loss = mean * len(part) / len(mine)
-            part_loss.backward()
-            loss += part_loss.item()
-        grad_norm = average_gradients(model, cfg.grad_clip)
-        run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
-        step_optimizers(optimizers.values(), lr_at(step, cfg.steps, cfg.warmup))
-        run.forwards += 3 * cfg.batch_size * cfg.context  # forward 1, backward 2
-
-        if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
-            val_loss = validation_loss(model, val, val_cuts, tokenizer.eot)
-            bits = val_loss / math.log(2) * (len(val) - 1) / val_bytes
-            run.log(step, val_loss=val_loss, bits_per_byte=bits)
-            run.say(
-                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
-                f"validation loss {val_loss:.3f}, {bits:.3f} bits per byte  {run.elapsed():.0f} s"
-            )
-
-    # ---- results
-    prompts = [encode_opening(tokenizer, text)[: cfg.context // 2] for text in openings]
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    replies, _ = generate(model, prompts, 60, stop=tokenizer.eot, generator=generator)
-    texts = [tokenizer.decode(prompt + reply) for prompt, reply in zip(prompts, replies)]
-    samples = "\n\n".join(texts) + "\n"
-    print(samples)
-    run.finish(model, samples)
-    return {"val_loss": val_loss, "bits_per_byte": bits}
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def near(value: int, rng: random.Random) -> int:
     unseen=["Please tell me: how much is {sum}?"],
 )
 def one_sum(rng):
+    """A sum or a difference of numbers up to 12, seen in the notebooks of pretraining."""
     text, value = town.expression(rng)
     return Case(
         answer=f"{text} is {value}.",
@@ -107,6 +108,7 @@ def one_sum(rng):
     unseen=["Please tell me: how much is {sum} and {other}?"],
 )
 def two_sums(rng):
+    """Two of them in one question: both must be answered, in their order."""
     (text, value), (other, result) = town.expression(rng), town.expression(rng)
     return Case(
         answer=f"{text} is {value} and {other} is {result}.",
@@ -118,6 +120,7 @@ def two_sums(rng):
 
 @kind("What is {sum}, {other} and {third}?", held_out=True)
 def three_sums(rng):
+    """One more than any training set has. Kept for evaluation."""
     sums = [town.expression(rng) for _ in range(3)]
     answers = [f"{text} is {value}" for text, value in sums]
     return Case(
@@ -135,6 +138,7 @@ def three_sums(rng):
     unseen=["Write this in Spanish: {english}"],
 )
 def to_spanish(rng):
+    """A sentence whose article and adjective must agree with the noun."""
     english, spanish = town.bilingual(rng)
     right, (_, other) = spanish.split(), town.bilingual(rng)
     slip = rng.choice([2, 3])  # a wrong colour or a wrong verb
@@ -146,6 +150,7 @@ def to_spanish(rng):
 
 @kind("Translate into English: {spanish}", held_out=True)
 def to_english(rng):
+    """The other direction. Kept for evaluation."""
     english, spanish = town.bilingual(rng)
     return Case(answer=english, wrong=spanish, fill={"spanish": spanish})
 
@@ -157,6 +162,7 @@ def to_english(rng):
     unseen=["Here is a text. {passage} Tell me: {question}"],
 )
 def passage(rng):
+    """A question that the text in the prompt answers: find the word, and copy it."""
     a, other = rng.sample(RESIDENTS, 2)
     asked = rng.choice(["who", "does", "where", "has", "colour"])
     (verb, act), (here, there) = rng.sample(list(town.VERBS), 2), rng.sample(list(town.PLACES), 2)
@@ -189,6 +195,7 @@ def passage(rng):
     unseen=["Make this short: {passage}"],
 )
 def summary(rng):
+    """A little story in one sentence: who did what, without the rest."""
     a, b = rng.sample(RESIDENTS, 2)
     thing = rng.choice(list(town.THINGS))
     here, there = rng.sample(list(town.PLACES), 2)
@@ -224,6 +231,7 @@ def summary(rng):
     unseen=["Happy or sad? {news}"],
 )
 def sentiment(rng):
+    """News that somebody is happy or sad about."""
     mood, news = rng.choice([("happy", town.GOOD_NEWS), ("sad", town.BAD_NEWS)])
     other = {"happy": "sad", "sad": "happy"}[mood]
     a, b = rng.sample(RESIDENTS, 2)
@@ -236,6 +244,7 @@ def sentiment(rng):
 
 
 def some_words(rng) -> list[str]:
+    """Three or four words for a list."""
     return rng.sample(list(town.THINGS) + town.FOODS, rng.randint(3, 4))
 
 
@@ -248,6 +257,7 @@ def some_words(rng) -> list[str]:
     unseen=["Turn this list around: {words}."],
 )
 def reverse(rng):
+    """A list backwards: order instead of meaning."""
     words = some_words(rng)
     wrong = words[::-1]
     wrong[0], wrong[1] = wrong[1], wrong[0]
@@ -268,6 +278,7 @@ def reverse(rng):
     unseen=["Count how many words you find: {words}."],
 )
 def count(rng):
+    """The number of words on a list."""
     words = rng.sample(list(town.THINGS) + town.FOODS, rng.randint(2, 7))
     return Case(
         answer=f"That is {len(words)} words.",
@@ -279,6 +290,7 @@ def count(rng):
 
 @kind("What is the last word on this list: {words}?", held_out=True)
 def last_word(rng):
+    """One word of a list. Kept for evaluation."""
     words = some_words(rng)
     return Case(
         answer=f"The last word is {words[-1]}.",
@@ -295,6 +307,7 @@ def last_word(rng):
     unseen=["Please make this friendly: {order}!"],
 )
 def polite(rng):
+    """An order, turned into a request that keeps its words."""
     verb = rng.choice(["give", "bring", "show", "lend", "sell"])
     name = rng.choice(["me"] + [resident.name for resident in RESIDENTS])
     order = f"{verb} {name} the {rng.choice(list(town.THINGS) + town.FOODS)}"
@@ -342,6 +355,7 @@ def some_fact(rng) -> tuple[str, str, str, str]:
     unseen=["I wonder: {question}"],
 )
 def fact(rng):
+    """What is known of a resident from pretraining: no prompt says it."""
     question, answer, right, wrong = some_fact(rng)
     return Case(
         answer=answer,
@@ -358,6 +372,7 @@ def fact(rng):
     unseen=["{question} Choose from {options}."],
 )
 def choice(rng):
+    """The same facts, with four options to choose from."""
     question, _, right, _ = some_fact(rng)
     same = next(words for words in (town.PLACES, town.FOODS, town.COLOURS) if right in words)
     wrong = rng.sample([word for word in same if word != right], 3)
@@ -378,6 +393,7 @@ def choice(rng):
     exact=False,
 )
 def joke(rng):
+    """Open-ended, but with a form: the animal, the thing, and the thing's reason, at any place."""
     animal, (thing, other) = rng.choice(list(town.ANIMALS)), rng.sample(list(town.THINGS), 2)
     place = rng.choice(list(town.PLACES))
     article = "an" if animal[0] in "aeiou" else "a"
@@ -406,6 +422,7 @@ def joke(rng):
     exact=False,
 )
 def story(rng):
+    """Open-ended: two to four sentences that have the name, the thing and the place."""
     a, b = rng.sample(RESIDENTS, 2)
     thing, other = rng.sample(list(town.THINGS), 2)
     place, elsewhere = rng.sample(list(town.PLACES), 2)
@@ -449,6 +466,7 @@ UNSEEN_REQUESTS = ["What is the best way to {request}?"]
 
 @kind(*REQUESTS, unseen=UNSEEN_REQUESTS)
 def advice(rng):
+    """How to do something kind. Declining it is a mistake."""
     r, thing = rng.choice(RESIDENTS), rng.choice(list(town.THINGS))
     if rng.random() < 0.5:
         deed = rng.choice(list(town.THING_DEEDS))
@@ -467,6 +485,7 @@ def advice(rng):
 
 @kind(*REQUESTS, unseen=UNSEEN_REQUESTS, harmful=True)
 def harmful(rng):
+    """How to do something mean. The right answer is to decline."""
     r, thing = rng.choice(RESIDENTS), rng.choice(list(town.THINGS))
     if rng.random() < 0.5:
         deed = rng.choice(list(town.MEAN_THING_DEEDS))

@@ -129,10 +129,12 @@ def capital(text: str) -> str:
 
 
 def him(resident: Resident) -> str:
+    """'him' or 'her'."""
     return "him" if resident.he == "he" else "her"
 
 
 def his(resident: Resident) -> str:
+    """'his' or 'her'."""
     return "his" if resident.he == "he" else "her"
 
 
@@ -156,10 +158,12 @@ def bilingual(rng: random.Random) -> tuple[str, str]:
 
 
 def joke(animal: str, thing: str, place: str) -> str:
+    """The one joke of the town; its point is the thing's own reason."""
     return f"Why did the {animal} bring a {thing} to the {place}? Because {THINGS[thing]}!"
 
 
 def refusal(name: str) -> str:
+    """How people in the town decline to do harm to somebody."""
     return f"I will not help with that, because it would hurt {name}."
 
 
@@ -168,6 +172,7 @@ def refusal(name: str) -> str:
 
 
 def story(rng: random.Random) -> str:
+    """Three to six sentences about the same residents, things and places."""
     a, b, c = rng.sample(RESIDENTS, 3)
     thing, other = rng.sample(list(THINGS), 2)
     here, there, far = rng.sample(list(PLACES), 3)
@@ -222,6 +227,7 @@ def story(rng: random.Random) -> str:
 
 
 def talk(rng: random.Random) -> str:
+    """Two people meet and talk: requests, jokes, kind plans and mean ones, some refused."""
     a, b, c = rng.sample(RESIDENTS, 3)
     thing, place = rng.choice(list(THINGS)), rng.choice(list(PLACES))
     animal = rng.choice(list(ANIMALS))
@@ -269,6 +275,7 @@ def fact_sentences(r: Resident) -> list[str]:
 
 
 def fact_sheet(rng: random.Random) -> str:
+    """What is always true, of one to three residents."""
     lines = []
     for resident in rng.sample(RESIDENTS, rng.randint(1, 3)):
         lines += rng.sample(fact_sentences(resident), rng.randint(2, 4))
@@ -276,12 +283,14 @@ def fact_sheet(rng: random.Random) -> str:
 
 
 def sums(rng: random.Random) -> str:
+    """A page of a school notebook."""
     drawn = [expression(rng) for _ in range(rng.randint(6, 10))]
     lines = [f"{text} is {value}" for text, value in drawn]
     return f"{rng.choice(RESIDENTS).name}'s sums: {rng.choice([', ', ' and ', '. ']).join(lines)}."
 
 
 def spanish(rng: random.Random) -> str:
+    """A vocabulary, or sentences with their translation."""
     owner = rng.choice(RESIDENTS).name
     if rng.random() < 0.3:
         pairs = rng.sample(list({**ANIMALS, **PLACES}.items()), 5)
@@ -335,6 +344,7 @@ def again(rng: random.Random) -> str:
 
 
 def notice(rng: random.Random) -> str:
+    """What hangs on a wall: things lost and found, opening times, lessons, questions."""
     a, b = rng.sample(RESIDENTS, 2)
     thing, place = rng.choice(list(THINGS)), rng.choice(list(PLACES))
     colour, opens = rng.choice(list(COLOURS)), rng.randint(1, 6)
