@@ -72,6 +72,23 @@ class Stage:
         )
 
 
+class BestOf(Stage):
+    """The SFT model and a reward model, which picks the best of n samples."""
+
+    def __init__(self, folder: Path, max_new_tokens: int, n: int):
+        super().__init__("sft", folder, max_new_tokens)
+        self.reward_model, checkpoint = load_model(folder / "rm" / "ckpt.pt", kind=ScalarModel)
+        self.report, self.n = checkpoint["report"], n
+
+    def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
+        """Of n samples per prompt, at temperature 1 whatever is asked, the one that scores best."""
+        replies = super().answer(texts * self.n, 1.0, seed)
+        sequences = [self.encode(text) + r.ids for text, r in zip(texts * self.n, replies)]
+        scores = score_sequences(self.reward_model, sequences, self.tokenizer.pad)
+        best = scores.reshape(self.n, len(texts)).argmax(0)
+        return [replies[row * len(texts) + i] for i, row in enumerate(best)]
+
+
 @torch.no_grad()
 def reply_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[int]]) -> np.ndarray:
     """log p(reply | prompt) under the model, summed over the reply: (N,)."""
@@ -83,14 +100,6 @@ def reply_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[int]
         mask = pad([[0] * len(prompts[i]) + [1] * len(replies[i]) for i in part], 0).bool()
         sums[part] = sequence_logprobs(model, tokens, mask)
     return sums
-
-
-def best_of(stage: Stage, reward_model, texts: list[str], n: int, seed: int) -> list[Reply]:
-    """Of n samples per prompt, the one with the highest score."""
-    replies = stage.answer(texts * n, 1.0, seed)
-    sequences = [stage.encode(text) + reply.ids for text, reply in zip(texts * n, replies)]
-    scores = score_sequences(reward_model, sequences, stage.tokenizer.pad).reshape(n, len(texts))
-    return [replies[row * len(texts) + i] for i, row in enumerate(scores.argmax(0))]
 
 
 def golds(tasks: list[Task], replies: list[Reply]) -> np.ndarray:
@@ -166,6 +175,7 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
     worded = draw_tasks(n_prompts // 2, f"wordings {seed}", split="test", unseen_wording=True)
     new_kinds = ",".join(name for name, kind in KINDS.items() if kind.held_out)
     new = draw_tasks(n_prompts // 4, f"kinds {seed}", new_kinds, split="test")
+    prompts = SHOWN + [task.prompt for task in seen[:6]]  # whose answers people will read
 
     sft = Stage("sft", out, max_new_tokens)
     sft_replies = sft.answer([task.prompt for task in seen], 1.0, seed)
@@ -173,15 +183,13 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
     stages, shown = {}, {}
     for name in there:
         print(f"{name} answers {n_prompts} prompts", flush=True)
-        stage = sft if name in ("sft", "best_of_n") else Stage(name, out, max_new_tokens)
         if name == "best_of_n":
-            reward_model, rm_checkpoint = load_model(out / "rm" / "ckpt.pt", kind=ScalarModel)
+            stage = best_of_n = BestOf(out, max_new_tokens, n)
+        else:
+            stage = sft if name == "sft" else Stage(name, out, max_new_tokens)
 
         def answer(tasks, temperature):
-            texts = [task.prompt if isinstance(task, Task) else task for task in tasks]
-            if name == "best_of_n":
-                return best_of(stage, reward_model, texts, n, seed)
-            return stage.answer(texts, temperature, seed)
+            return stage.answer([task.prompt for task in tasks], temperature, seed)
 
         sampled = sft_replies if name == "sft" else answer(seen, 1.0)
         greedy = None if name == "best_of_n" else answer(seen, 0.0)
@@ -196,8 +204,8 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
         elif name == "best_of_n":
             numbers["kl_to_sft"] = math.log(n) - (n - 1) / n  # an upper bound (Beirami et al. 2024)
         else:
-            prompts, ids = [stage.encode(task.prompt) for task in seen], [r.ids for r in sampled]
-            difference = (reply_logprobs(model, prompts, ids) for model in (stage.model, sft.model))
+            asked, said = [stage.encode(task.prompt) for task in seen], [r.ids for r in sampled]
+            difference = (reply_logprobs(model, asked, said) for model in (stage.model, sft.model))
             numbers["kl_to_sft"] = float(np.subtract(*difference).mean())
         cost = {"seconds": 0.0, "forward_equivalents": 0.0}  # best_of_n is paid for at every reply
         if name != "best_of_n":
@@ -206,9 +214,7 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
         numbers["train_seconds"] = cost.get("seconds")
         numbers["forward_equivalents"] = cost.get("forward_equivalents")
         stages[name] = numbers
-        shown[name] = [
-            reply.text for reply in answer(SHOWN + [task.prompt for task in seen[:6]], 1.0)
-        ]
+        shown[name] = [reply.text for reply in stage.answer(prompts, 1.0, seed)]
 
     # Units: the SFT model's samples have mean 0 and SD 1.
     mean, sd = sft_gold.mean(), sft_gold.std()
@@ -224,8 +230,7 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
         "stages": stages,
     }
     if "best_of_n" in stages:
-        report["rm"] = rm_checkpoint["report"]
-    prompts = SHOWN + [task.prompt for task in seen[:6]]
+        report["rm"] = best_of_n.report
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (out / "report.md").write_text(markdown(report, prompts, shown), encoding="utf-8")
     draw_report(report, out / "report.png")
@@ -354,28 +359,16 @@ def draw_report(report: dict, path: Path):
     colours = dict(zip(STAGES, COLOURS))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
 
+    def point(axis, x, mean, ci, name, marker="o", **style):
+        """The mean of a stage and its interval."""
+        style |= dict(color=colours[name], capsize=4)
+        axis.errorbar(x, mean, [[mean - ci[0]], [ci[1] - mean]], fmt=marker, **style)
+
     for x, (name, s) in enumerate(stages.items()):
-        low, high = s["gold_ci95"]
-        left.errorbar(
-            x - 0.1,
-            s["gold_mean"],
-            [[s["gold_mean"] - low], [high - s["gold_mean"]]],
-            fmt="o",
-            color=colours[name],
-            capsize=4,
-        )
+        point(left, x - 0.1, s["gold_mean"], s["gold_ci95"], name)
         if s["greedy_gold_mean"] is not None:
-            low, high = s["greedy_gold_ci95"]
-            mean = s["greedy_gold_mean"]
-            left.errorbar(
-                x + 0.1,
-                mean,
-                [[mean - low], [high - mean]],
-                fmt="s",
-                mfc="white",
-                color=colours[name],
-                capsize=4,
-            )
+            greedy = s["greedy_gold_mean"], s["greedy_gold_ci95"]
+            point(left, x + 0.1, *greedy, name, "s", mfc="white")
     left.plot([], [], "ko", label="temperature 1")
     left.plot([], [], "ks", mfc="white", label="greedy")
     left.set(
@@ -408,16 +401,7 @@ def draw_report(report: dict, path: Path):
 
     for name, s in stages.items():
         if s["kl_to_sft"] is not None:
-            low, high = s["gold_ci95"]
-            right.errorbar(
-                s["kl_to_sft"],
-                s["gold_mean"],
-                [[s["gold_mean"] - low], [high - s["gold_mean"]]],
-                fmt="o",
-                color=colours[name],
-                capsize=4,
-                label=name,
-            )
+            point(right, s["kl_to_sft"], s["gold_mean"], s["gold_ci95"], name, label=name)
     right.set(
         xlabel="KL to SFT, nats per reply",
         ylabel="gold, SD of SFT samples",

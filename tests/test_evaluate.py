@@ -1,12 +1,14 @@
 """What the report says: best of n, intervals, log-probabilities of whole replies."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import data.evaluate
 from data.chat import Reply
-from data.evaluate import best_of, interval, reply_logprobs
+from data.evaluate import BestOf, Stage, interval, reply_logprobs
 from train_dpo import sequence_logprobs
 
 
@@ -15,22 +17,17 @@ def test_best_of_n_beats_one_more_sample_with_probability_n_over_n_plus_1(monkey
     """By the score that picks it: the best of n + 1 equals is any of them, equally likely."""
     rng = np.random.default_rng(0)
 
-    class Stage:  # a model that says a random number, which is its own score
-        class tokenizer:
-            pad = 0
+    def say(self, texts, temperature, seed):  # a random number, which is its own score
+        return [Reply([x], str(x), True) for x in rng.integers(10**9, size=len(texts))]
 
-        def encode(self, text):
-            return []
-
-        def answer(self, texts, temperature, seed):
-            return [Reply([x], str(x), True) for x in rng.integers(10**9, size=len(texts))]
-
+    monkeypatch.setattr(Stage, "answer", say)
+    monkeypatch.setattr(Stage, "encode", lambda self, text: [])
     monkeypatch.setattr(
         data.evaluate, "score_sequences", lambda model, rows, pad: np.array([r[-1] for r in rows])
     )
-    stage, texts = Stage(), ["?"] * 20_000
-    best = best_of(stage, None, texts, n, seed=0)
-    other = stage.answer(texts, 1.0, 0)
+    stage, texts = BestOf.__new__(BestOf), ["?"] * 20_000  # without models from files
+    stage.n, stage.reward_model, stage.tokenizer = n, None, SimpleNamespace(pad=0)
+    best, other = stage.answer(texts, 1.0, 0), say(None, texts, 1.0, 0)
     wins = np.mean([a.ids > b.ids for a, b in zip(best, other)])
     assert wins == pytest.approx(n / (n + 1), abs=0.01)
 
