@@ -126,7 +126,13 @@ def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
 def main(cfg: Config) -> dict:
     """Train, and return the last row of the log."""
     run = Run("dpo", cfg)
-    run.panels = [["loss", "val_loss"], ["chosen", "rejected"], ["gold"], ["accuracy", "no_end"]]
+    run.panels = {
+        "loss per pair": ["loss", "val_loss"],
+        "log-ratio to ref, nats per reply": ["chosen", "rejected"],
+        "share of pairs, of replies": ["accuracy", "no_end"],
+    }
+    if not cfg.data:
+        run.panels["gold, SD of SFT samples"] = ["gold"]
     device = pick_device(cfg.device)
     if cfg.beta == 0:
         raise SystemExit("--beta 0: preferences would count for nothing")

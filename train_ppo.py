@@ -229,13 +229,13 @@ class KLCoefficient:
 def main(cfg: Config) -> dict:
     """Train, and return the last row of the log."""
     run = Run("ppo", cfg)
-    run.panels = [
-        ["proxy", "gold"],
-        ["kl", "kl_k3", "kl_exact"],
-        ["entropy"],
-        ["explained_variance"],
-        ["clipfrac", "approx_kl", "no_end"],
-    ]
+    run.panels = {
+        "reward, SD of SFT samples": ["proxy", "gold"],
+        "KL from SFT, nats per reply": ["kl", "kl_k3", "kl_exact"],
+        "entropy, nats per token": ["entropy"],
+        "explained variance of the returns": ["explained_variance"],
+        "shares; approx_kl in nats": ["clipfrac", "approx_kl", "no_end"],
+    }
     device = pick_device(cfg.device)
     if cfg.temperature == 0:
         raise SystemExit("--temperature 0: PPO learns from samples, and greedy replies are none")

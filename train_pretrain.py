@@ -235,7 +235,10 @@ def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) 
 def main(cfg: Config) -> dict:
     """Train, and return the last validation loss and bits per byte."""
     run = Run("pretrain", cfg)
-    run.panels = [["loss", "val_loss"], ["grad_norm"]]
+    run.panels = {
+        "loss, nats per token": ["loss", "val_loss"],
+        "norm of the gradient": ["grad_norm"],
+    }
     device = pick_device(cfg.device)
     if cfg.n_embd % cfg.n_head:
         raise SystemExit(f"--n_head {cfg.n_head} must divide --n_embd {cfg.n_embd}")
@@ -635,10 +638,15 @@ def peak_gb() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def plot(rows: list[dict], panels: list[list[str]], path: Path):
-    """Draw log columns against the step, one panel per list of columns, into a PNG file."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), squeeze=False)
-    for axis, columns in zip(axes[0], panels):
+def plot(rows: list[dict], panels: dict[str, list[str]], path: Path):
+    """Draw log columns against the step into a PNG file. panels: {what a panel shows: columns}."""
+    wide = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
+    high = math.ceil(len(panels) / wide)
+    size = dict(figsize=(4.5 * wide, 3.2 * high), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(high, wide, **size)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (what, columns) in zip(axes.flat, panels.items()):
         usual = None
         for name, colour in zip(columns, COLOURS):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -655,7 +663,8 @@ def plot(rows: list[dict], panels: list[list[str]], path: Path):
                 usual = np.percentile(y, 97.5)
         if columns[0] in ("loss", "grad_norm") and usual is not None:
             axis.set_ylim(top=usual)  # the first steps would flatten all the rest
-        axis.set_xlabel("step")
+        axis.set(xlabel="step", ylabel=what)
+        axis.tick_params(labelbottom=True)  # in all rows of panels
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()

@@ -132,7 +132,11 @@ def score_sequences(model: ScalarModel, sequences: list[list[int]], pad_id: int)
 def main(cfg: Config) -> dict:
     """Train, and return what `judge` says about the result."""
     run = Run("rm", cfg)
-    run.panels = [["loss", "val_loss"], ["val_accuracy"], ["grad_norm"]]
+    run.panels = {
+        "loss, nats per pair": ["loss", "val_loss"],
+        "right on held-out pairs, share": ["val_accuracy"],
+        "norm of the gradient": ["grad_norm"],
+    }
     device = pick_device(cfg.device)
 
     # ---- models

@@ -91,7 +91,10 @@ def show_mask(tokenizer, row: dict) -> str:
 def main(cfg: Config) -> dict:
     """Train, and return the last validation loss."""
     run = Run("sft", cfg)
-    run.panels = [["loss", "val_loss"], ["grad_norm"]]
+    run.panels = {
+        "loss, nats per token of a reply": ["loss", "val_loss"],
+        "norm of the gradient": ["grad_norm"],
+    }
     device = pick_device(cfg.device)
 
     # ---- model
