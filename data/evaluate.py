@@ -321,22 +321,7 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     )
 
     if "rm" in report:
-        rm = report["rm"]
-        text += f"## Reward model, on {rm['pairs']} held-out pairs\n\n"
-        names = {
-            "accuracy": "agrees with the label",
-            "bayes_accuracy": "a judge who knows gold would, on average over labels (Bayes)",
-            "gold_accuracy": "a judge who knows gold did, on these labels",
-            "gold_order": "right about gold, where gold differs",
-            "spearman_gold": "rank correlation with gold",
-            "ece": "expected calibration error",
-        }
-        text += table(["", "all"], [[label, rm[key]] for key, label in names.items() if key in rm])
-        if "by_task" in rm:
-            keys = ["pairs", "accuracy", "bayes_accuracy", "gold_order"]
-            text += table(
-                ["kind", *keys], [[k] + [v[key] for key in keys] for k, v in rm["by_task"].items()]
-            )
+        text += reward_model_section(report["rm"])
 
     text += (
         "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
@@ -349,6 +334,26 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
                 [name, replies[i].replace("\n", " ").replace("|", "\\|")]
                 for name, replies in shown.items()
             ],
+        )
+    return text
+
+
+def reward_model_section(rm: dict) -> str:
+    """What train_rm.py's `judge` found, as Markdown; gold's rows are there if the pairs had it."""
+    text = f"## Reward model, on {rm['pairs']} held-out pairs\n\n"
+    names = {
+        "accuracy": "agrees with the label",
+        "bayes_accuracy": "a judge who knows gold would, on average over labels (Bayes)",
+        "gold_accuracy": "a judge who knows gold did, on these labels",
+        "gold_order": "right about gold, where gold differs",
+        "spearman_gold": "rank correlation with gold",
+        "ece": "expected calibration error",
+    }
+    text += table(["", "all"], [[label, rm[key]] for key, label in names.items() if key in rm])
+    if "by_task" in rm:
+        keys = ["pairs", "accuracy", "bayes_accuracy", "gold_order"]
+        text += table(
+            ["kind", *keys], [[k] + [v[key] for key in keys] for k, v in rm["by_task"].items()]
         )
     return text
 

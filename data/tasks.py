@@ -399,6 +399,7 @@ def joke(rng):
     article = "an" if animal[0] in "aeiou" else "a"
 
     def check(text):
+        """A quarter for the animal, one for the thing, half for the right reason."""
         told = re.fullmatch(r"Why did the (\w+) bring a (\w+) to the (\w+)\? Because (.+)!", text)
         if not told or told[3] not in town.PLACES:
             return 0.0
@@ -428,6 +429,7 @@ def story(rng):
     place, elsewhere = rng.sample(list(town.PLACES), 2)
 
     def tell(thing, place):
+        """One of three plots, told with this thing at this place."""
         return rng.choice(
             [
                 f"{a.name} the {a.animal} took a {thing} to the {place}. {b.name} was sad there. "
@@ -440,6 +442,7 @@ def story(rng):
         )
 
     def check(text):
+        """The share of what was asked for that is in it; 0 if it is no story of this length."""
         sentences = re.findall(r"[A-Z][^.!?]*[.!?]", text)
         if not 2 <= len(sentences) <= 4 or any(len(s.split()) < 3 for s in sentences):
             return 0.0

@@ -79,6 +79,7 @@ class CharTokenizer(Tokenizer):
         self.ids = {character: i for i, character in enumerate(characters)}
 
     def encode(self, text: str) -> list[int]:
+        """Exits with a message for a character that is not among those it knows."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
