@@ -660,9 +660,9 @@ def plot(rows: list[dict], panels: dict[str, list[str]], path: Path):
                 mean = np.convolve(y, np.ones(width) / width, "valid")
                 axis.plot(x, y, color=colour, lw=0.5, alpha=0.4)
                 axis.plot(x[width - 1 :], mean, color=colour, label=name)
-                usual = np.percentile(y, 97.5)
+                usual = 0.9 * y.min(), np.percentile(y, 97.5)
         if columns[0] in ("loss", "grad_norm") and usual is not None:
-            axis.set_ylim(top=usual)  # the first steps would flatten all the rest
+            axis.set_ylim(*usual)  # the first steps would flatten all the rest
         axis.set(xlabel="step", ylabel=what)
         axis.tick_params(labelbottom=True)  # in all rows of panels
         axis.grid(alpha=0.3)
