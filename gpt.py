@@ -466,6 +466,14 @@ def main():
     )
     parser.add_argument("--seed", type=number(int), default=0, help="of sampling (default: 0)")
     parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
+    devices = {"cpu": True, "cuda": torch.cuda.is_available()}
+    devices["mps"] = torch.backends.mps.is_available()
+    parser.add_argument(
+        "--device",
+        choices=[name for name, there in devices.items() if there],
+        default="cuda" if devices["cuda"] else "cpu",
+        help="where to compute (default: cuda if there is one, else cpu)",
+    )
     parser.add_argument("--export", metavar="DIR", help="write the model for transformers instead")
     args = parser.parse_args()
 
@@ -482,7 +490,7 @@ def main():
 
     models = []
     for path in paths:
-        model, checkpoint = load_model(path)
+        model, checkpoint = load_model(path, args.device)
         models.append((model, load_tokenizer(checkpoint["tokenizer"]), checkpoint["stage"]))
 
     if args.export:

@@ -34,6 +34,7 @@ from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import GPT, ScalarModel, load_model
 from train_dpo import sequence_logprobs
+from train_pretrain import pick_device
 from train_rm import score_sequences
 
 matplotlib.use("Agg")
@@ -47,9 +48,9 @@ COLOURS = ["#999999", "#0072B2", "#E69F00", "#D55E00", "#009E73"]  # Okabe and I
 class Stage:
     """A language model that answers prompts of the town, the base model in its own way."""
 
-    def __init__(self, name: str, folder: Path, max_new_tokens: int):
+    def __init__(self, name: str, folder: Path, max_new_tokens: int, device="cpu"):
         self.name, self.max_new_tokens = name, max_new_tokens
-        self.model, checkpoint = load_model(folder / STAGES[name] / "ckpt.pt")
+        self.model, checkpoint = load_model(folder / STAGES[name] / "ckpt.pt", device)
         self.tokenizer = load_tokenizer(checkpoint["tokenizer"])
         self.stop = self.tokenizer.eot if name == "base" else self.tokenizer.end
         if max_new_tokens >= self.model.config.context:
@@ -75,9 +76,9 @@ class Stage:
 class BestOf(Stage):
     """The SFT model and a reward model, which picks the best of n samples."""
 
-    def __init__(self, folder: Path, max_new_tokens: int, n: int):
-        super().__init__("sft", folder, max_new_tokens)
-        self.reward_model, checkpoint = load_model(folder / "rm" / "ckpt.pt", kind=ScalarModel)
+    def __init__(self, folder: Path, max_new_tokens: int, device, n: int):
+        super().__init__("sft", folder, max_new_tokens, device)
+        self.reward_model, checkpoint = load_model(folder / "rm" / "ckpt.pt", device, ScalarModel)
         self.report, self.n = checkpoint["report"], n
 
     def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
@@ -92,13 +93,13 @@ class BestOf(Stage):
 @torch.no_grad()
 def reply_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[int]]) -> np.ndarray:
     """log p(reply | prompt) under the model, summed over the reply: (N,)."""
-    sums = np.empty(len(prompts))
+    sums, device = np.empty(len(prompts)), model.wte.weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(replies[i]))
     for start in range(0, len(order), 64):  # 64 of similar length at a time
         part = order[start : start + 64]
         tokens = pad([prompts[i] + replies[i] for i in part], 0)
         mask = pad([[0] * len(prompts[i]) + [1] * len(replies[i]) for i in part], 0).bool()
-        sums[part] = sequence_logprobs(model, tokens, mask)
+        sums[part] = sequence_logprobs(model, tokens.to(device), mask.to(device)).cpu()
     return sums
 
 
@@ -156,7 +157,7 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
     }
 
 
-def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
+def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48, device="cpu") -> dict:
     """Score all stages in a folder and write report.md, report.png and report.json there."""
     out = Path(out)
     there = [name for name, folder in STAGES.items() if (out / folder / "ckpt.pt").exists()]
@@ -177,16 +178,16 @@ def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48) -> dict:
     new = draw_tasks(n_prompts // 4, f"kinds {seed}", new_kinds, split="test")
     prompts = SHOWN + [task.prompt for task in seen[:6]]  # whose answers people will read
 
-    sft = Stage("sft", out, max_new_tokens)
+    sft = Stage("sft", out, max_new_tokens, device)
     sft_replies = sft.answer([task.prompt for task in seen], 1.0, seed)
     sft_gold = golds(seen, sft_replies)
     stages, shown = {}, {}
     for name in there:
         print(f"{name} answers {n_prompts} prompts", flush=True)
         if name == "best_of_n":
-            stage = best_of_n = BestOf(out, max_new_tokens, n)
+            stage = best_of_n = BestOf(out, max_new_tokens, device, n)
         else:
-            stage = sft if name == "sft" else Stage(name, out, max_new_tokens)
+            stage = sft if name == "sft" else Stage(name, out, max_new_tokens, device)
 
         def answer(tasks, temperature):
             return stage.answer([task.prompt for task in tasks], temperature, seed)
@@ -442,8 +443,12 @@ def main():
     parser.add_argument(
         "--seed", type=number(int), default=0, help="of prompts and sampling (default: 0)"
     )
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
+    )
     args = parser.parse_args()
-    report = evaluate(args.out, args.prompts, args.n, args.seed, args.max_new_tokens)
+    device = pick_device(args.device)
+    report = evaluate(args.out, args.prompts, args.n, args.seed, args.max_new_tokens, device)
     text = (Path(args.out) / "report.md").read_text(encoding="utf-8")
     print(text[: text.index("## What they say")])
     print(f"samples of all {len(report['stages'])} stages are in {args.out}/report.md")

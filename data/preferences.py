@@ -28,6 +28,7 @@ from data.options import number
 from data.tasks import draw_tasks
 from data.tokenizer import load_tokenizer
 from gpt import load_model
+from train_pretrain import pick_device
 
 
 def sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed):
@@ -168,9 +169,13 @@ def main():
     parser.add_argument("--seed", type=number(int), default=0)
     parser.add_argument("--human", action="store_true", help="you are the annotator")
     parser.add_argument("--prompts", help="JSON or JSONL with prompts of your own, for --human")
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
+    )
     args = parser.parse_args()
     if args.prompts and not args.human:
         parser.error("--prompts needs --human: only prompts of the town have a gold reward")
+    device = pick_device(args.device)
     if not args.human:
         make_preferences(
             args.ckpt,
@@ -181,9 +186,10 @@ def main():
             args.temperature,
             args.max_new_tokens,
             args.seed,
+            device,
         )
         return
-    model, saved = load_model(args.ckpt)
+    model, saved = load_model(args.ckpt, device)
     if args.prompts:
         conversations = [row["messages"] for row in read_prompts(args.prompts)][: args.pairs]
     else:

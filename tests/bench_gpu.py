@@ -72,8 +72,8 @@ def progression() -> float:
     root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as out:
         started = now()
-        for stage in stages:
-            command = [sys.executable, f"train_{stage}.py", "--out", out]
+        for script in [[f"train_{stage}.py"] for stage in stages] + [["-m", "data.evaluate"]]:
+            command = [sys.executable, *script, "--out", out]
             subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
         return now() - started
 
@@ -115,7 +115,7 @@ def main():
     seconds = measure("ppo", ppo, **options)["seconds"]
     report(f"PPO iteration, {prompts} rollouts of {length} tokens", seconds, "s")
     if not args.tiny:
-        report("the five scripts, as the README runs them", progression(), "s")
+        report("the README's command: five scripts and the report", progression(), "s")
     path = Path("out/bench_gpu.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1))

@@ -399,13 +399,16 @@ def test_gradients_are_cut_to_a_largest_norm_and_0_means_any():
         (data.preferences, "--tau 0", "argument --tau: must be at least 0.01, not 0"),
         (data.evaluate, "--prompts one", "argument --prompts: invalid int value: 'one'"),
         (data.evaluate, "--prompts 5", "argument --prompts: must be at least "),
+        (gpt, "--device abacus", "argument --device: invalid choice: 'abacus'"),
+        (data.evaluate, "--device abacus", "--device abacus: not available here"),
+        (data.preferences, "--device abacus", "--device abacus: not available here"),
     ],
 )
-def test_number_out_of_range_is_a_clear_error(monkeypatch, capsys, tool, args, message):
+def test_option_out_of_range_is_a_clear_error(monkeypatch, capsys, tool, args, message):
     monkeypatch.setattr(sys, "argv", ["tool", *args.split()])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         parse_config(tool.Config) if tool is train_pretrain else tool.main()
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err + str(stopped.value)
 
 
 def test_full_disk_is_a_clear_error_and_leaves_the_earlier_results(tmp_path, monkeypatch):
