@@ -1,6 +1,6 @@
 """What alignment does, in pictures: how far one can get, over-optimisation, PPO against DPO.
 
-    python -m data.experiments --quick         one seed, 20 minutes; after the README's command
+    python -m data.experiments --quick         one seed, 11 to 20 minutes; after the README's command
     python -m data.experiments                 three seeds, two to three hours on two cores
     python -m data.experiments --only tasks    one of these:
 
