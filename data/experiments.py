@@ -295,14 +295,17 @@ def draw_frontier(rows: list[dict], path: Path):
             axis.errorbar(
                 kl.mean(), gold.mean(), *bars, fmt=marker, color=colour, lw=1, label=label
             )
-            axis.annotate(f"{setting:g}", (kl.mean(), gold.mean()), (6, -10), **SMALL)
+            crowded = (method, setting) in (("ppo", DEFAULT["ppo"]), ("ipo", 0.1))
+            side = (-20, 5) if crowded else (6, -10)  # beside the point, in points
+            axis.annotate(f"{setting:g}", (kl.mean(), gold.mean()), side, **SMALL)
     axis.set(xlabel="KL from SFT, nats per reply", ylabel="gold, SD of SFT samples")
     axis.set_xscale("symlog", linthresh=1, subs=[2, 3, 4, 5, 6, 8])
     ticks = [0, 0.25, 0.5, 0.75, 1, 2, 4, 8, 16]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_xlim(left=-0.03)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.45, 0.02))
+    where = dict(loc="lower left", bbox_to_anchor=(0.45, 0.02))
+    axis.legend(fontsize=8, title="numbers: beta", title_fontsize=8, **where)
     save(figure, path)
 
 
@@ -640,18 +643,22 @@ def tasks(folder: Path, results: Path, bases: list[Base], quick: bool):
             row = {"kinds": count, "seed": seed, "group": group}
             rows.append({**row, "exact_match": np.mean(right), "gold": gold})
     write_csv(rows, results / "tasks.csv")
+    draw_mixtures(rows, results / "tasks.png")
 
+
+def draw_mixtures(rows: list[dict], path: Path):
+    """Exact match and gold against the number of kinds, for every group of prompts."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for axis, what in zip(axes, ("exact_match", "gold")):
-        for (group, _), (colour, marker) in zip(groups.items(), list(STYLE.values())):
+        for group, (colour, marker) in zip(dict.fromkeys(r["group"] for r in rows), STYLE.values()):
             mine = [row for row in rows if row["group"] == group]
             band(axis, [r["kinds"] for r in mine], [r[what] for r in mine], colour, marker, group)
         axis.set(xlabel="kinds of task in SFT, at equal tokens", ylabel=what.replace("_", " "))
-        axis.set_xticks(list(mixtures))
+        axis.set_xticks(sorted({row["kinds"] for row in rows}))
         axis.grid(alpha=0.3)
-    axes[1].set_ylabel("gold, SD of SFT samples")
-    axes[0].legend(fontsize=7)
-    save(figure, results / "tasks.png")
+    axes[1].set_ylabel(UNITS["gold"])
+    legend_below(figure, axes[0], 2)
+    save(figure, path)
 
 
 BUGS = {  # name: (options, edit)
@@ -694,20 +701,23 @@ def broken(folder: Path, results: Path, bases: list[Base], quick: bool):
             runs.append((name, seed, job))
     run_jobs([job for *_, job in runs])
 
-    columns = ("gold", "proxy", "kl", "entropy", "length", "no_end")
     rows = []
     for name, seed, job in runs:
-        curve = {column: job.log(column) for column in columns}
+        curve = {column: job.log(column) for column in UNITS}
         curve["gold"] = bases[seed].scaled(curve["gold"])
         for step, values in enumerate(zip(*curve.values())):
             rows.append({"bug": name, "seed": seed, "step": step, **dict(zip(curve, values))})
     write_csv(rows, results / "broken.csv")
+    draw_broken(rows, results / "broken.png")
 
+
+def draw_broken(rows: list[dict], path: Path):
+    """One panel per column of the log, one line per bug."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     colours = ["black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
     dashes = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
-    for axis, column in zip(axes.flat, columns):
-        for (name, _), colour, dash in zip(BUGS.items(), colours, dashes):
+    for axis, column in zip(axes.flat, UNITS):
+        for name, colour, dash in zip(BUGS, colours, dashes):
             mine = [row for row in rows if row["bug"] == name]
             x, y = [row["step"] for row in mine], [row[column] for row in mine]
             band(axis, x, y, colour, None, name, dash)
@@ -715,8 +725,8 @@ def broken(folder: Path, results: Path, bases: list[Base], quick: bool):
         if column == "kl":
             axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
-    axes[1, 2].legend(fontsize=7, loc="center right")
-    save(figure, results / "broken.png")
+    legend_below(figure, axes[0, 0], 4)
+    save(figure, path)
 
 
 UNITS = {
@@ -727,7 +737,7 @@ UNITS = {
     "length": "tokens per reply",
     "no_end": "share without end",
 }
-SMALL = {"textcoords": "offset points", "fontsize": 7, "color": "#444444"}
+SMALL = {"textcoords": "offset points", "fontsize": 7, "color": "#222222"}
 
 
 def band(axis, x, y, colour, marker, label, dash="-"):
@@ -740,10 +750,16 @@ def band(axis, x, y, colour, marker, label, dash="-"):
     axis.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
 
 
+def legend_below(figure, axis, columns: int):
+    """The legend of one panel, for all, where it hides no line."""
+    where = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, **where)
+
+
 def save(figure, path: Path):
     """Write a picture."""
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     print(path)
 
