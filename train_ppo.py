@@ -258,7 +258,8 @@ def main(cfg: Config) -> dict:
             f"--reward {cfg.reward}: there are rm, gold (without --data) and exact (with it)"
         )
     ref.requires_grad_(False)
-    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    # On a GPU all tensors are updated by one kernel; on a CPU that would save 1 % of an iteration.
+    adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=device.type == "cuda")
     optimizers = {
         "policy_optimizer": torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw),
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw),
