@@ -362,7 +362,7 @@ def generate(
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints, and the device that they are loaded to
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
@@ -431,6 +431,19 @@ def load_weights(model: nn.Module, weights: dict, where: str | Path):
     model.load_state_dict(weights)
 
 
+def find_device(name: str) -> torch.device:
+    """The torch device of a --device option; auto is cuda if there is one, else cpu.
+
+    Exits with a message if it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(name, name not in ("cpu", "cuda", "mps")):
+        raise SystemExit(f"--device {name}: not available here; try --device cpu")
+    return torch.device(name)
+
+
 # ---------------------------------------------------------------------------------------------
 # Conversation
 
@@ -466,16 +479,12 @@ def main():
     )
     parser.add_argument("--seed", type=number(int), default=0, help="of sampling (default: 0)")
     parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
-    devices = {"cpu": True, "cuda": torch.cuda.is_available()}
-    devices["mps"] = torch.backends.mps.is_available()
     parser.add_argument(
-        "--device",
-        choices=[name for name, there in devices.items() if there],
-        default="cuda" if devices["cuda"] else "cpu",
-        help="where to compute (default: cuda if there is one, else cpu)",
+        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
     )
     parser.add_argument("--export", metavar="DIR", help="write the model for transformers instead")
     args = parser.parse_args()
+    device = find_device(args.device)
 
     stages = [Path(args.out) / stage / "ckpt.pt" for stage in ("pretrain", "sft", "ppo", "dpo")]
     paths = [path for path in stages if path.exists()]
@@ -490,7 +499,7 @@ def main():
 
     models = []
     for path in paths:
-        model, checkpoint = load_model(path, args.device)
+        model, checkpoint = load_model(path, device)
         models.append((model, load_tokenizer(checkpoint["tokenizer"]), checkpoint["stage"]))
 
     if args.export:

@@ -46,7 +46,15 @@ from data.files import held_out, read_text
 from data.options import number
 from data.tokenizer import load_tokenizer, make_tokenizer
 from data.town import documents
-from gpt import GPT, GPTConfig, generate, load_checkpoint, load_model, save_checkpoint
+from gpt import (
+    GPT,
+    GPTConfig,
+    find_device,
+    generate,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from kernels import backend, linear_cross_entropy
 
 matplotlib.use("Agg")  # draw into files: no window, no display needed
@@ -381,13 +389,9 @@ def run_script(main, config_class):
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a --device option, which it prints. Exits if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if missing.get(name, name not in ("cpu", "cuda", "mps")):
-        raise SystemExit(f"--device {name}: not available here; try --device cpu")
-    device = torch.device(name)
+    """This rank's torch device for a --device option, which it prints. Exits if it is not there."""
+    device = find_device(name)
+    name = device.type
     if WORLD > 1:
         if name == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

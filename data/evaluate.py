@@ -32,9 +32,8 @@ from data.gold import declines, exact_match, f1, gold
 from data.options import number
 from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from data.tokenizer import load_tokenizer
-from gpt import GPT, ScalarModel, load_model
+from gpt import GPT, ScalarModel, find_device, load_model
 from train_dpo import sequence_logprobs
-from train_pretrain import pick_device
 from train_rm import score_sequences
 
 matplotlib.use("Agg")
@@ -447,7 +446,7 @@ def main():
         "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
     )
     args = parser.parse_args()
-    device = pick_device(args.device)
+    device = find_device(args.device)
     report = evaluate(args.out, args.prompts, args.n, args.seed, args.max_new_tokens, device)
     text = (Path(args.out) / "report.md").read_text(encoding="utf-8")
     print(text[: text.index("## What they say")])

@@ -1,6 +1,6 @@
 """What alignment does, in pictures: how far one can get, over-optimisation, PPO against DPO.
 
-    python -m data.experiments --quick         one seed, 11 to 20 minutes; after the README's command
+    python -m data.experiments --quick         after the README's command; one seed, 11-20 minutes
     python -m data.experiments                 three seeds, two to three hours on two cores
     python -m data.experiments --only tasks    one of these:
 
@@ -295,6 +295,7 @@ def draw_frontier(rows: list[dict], path: Path):
             axis.errorbar(
                 kl.mean(), gold.mean(), *bars, fmt=marker, color=colour, lw=1, label=label
             )
+            # Two labels would cover a neighbour: they stand on the other side.
             crowded = (method, setting) in (("ppo", DEFAULT["ppo"]), ("ipo", 0.1))
             side = (-20, 5) if crowded else (6, -10)  # beside the point, in points
             axis.annotate(f"{setting:g}", (kl.mean(), gold.mean()), side, **SMALL)

@@ -27,8 +27,7 @@ from data.gold import TAU, bayes_accuracy, gold, preference
 from data.options import number
 from data.tasks import draw_tasks
 from data.tokenizer import load_tokenizer
-from gpt import load_model
-from train_pretrain import pick_device
+from gpt import find_device, load_model
 
 
 def sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed):
@@ -175,7 +174,7 @@ def main():
     args = parser.parse_args()
     if args.prompts and not args.human:
         parser.error("--prompts needs --human: only prompts of the town have a gold reward")
-    device = pick_device(args.device)
+    device = find_device(args.device)
     if not args.human:
         make_preferences(
             args.ckpt,

@@ -399,7 +399,7 @@ def test_gradients_are_cut_to_a_largest_norm_and_0_means_any():
         (data.preferences, "--tau 0", "argument --tau: must be at least 0.01, not 0"),
         (data.evaluate, "--prompts one", "argument --prompts: invalid int value: 'one'"),
         (data.evaluate, "--prompts 5", "argument --prompts: must be at least "),
-        (gpt, "--device abacus", "argument --device: invalid choice: 'abacus'"),
+        (gpt, "--device abacus", "--device abacus: not available here"),
         (data.evaluate, "--device abacus", "--device abacus: not available here"),
         (data.preferences, "--device abacus", "--device abacus: not available here"),
     ],
