@@ -1,29 +1,23 @@
-"""GPT-2, and all one does with a model: run it, sample from it, score with it, save it, talk.
+"""The model: GPT-2, a cache for sampling from it, and checkpoints. Needs no other file of ours.
 
-The model is GPT-2's (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, the token
-table used again as the output layer, GPT-2's initialisation. It has no dropout: every later stage
-compares log-probabilities of two models, and dropout would turn the comparison into noise.
+It is GPT-2's architecture (Radford et al. 2019): pre-norm blocks, learned positions, tanh GELU, the
+token table used again as the output layer, GPT-2's initialisation. It has no dropout: every later
+stage compares log-probabilities of two models, and dropout would turn the comparison into noise.
 
 Notation, here and in all files:
 
-    B   batch               C   channels (width)          P   tokens of a prompt
-    T   time (tokens)       nh  heads                     R   tokens of a response
-    V   vocabulary          hs  head size, C / nh
+    B   batch               C   channels (width)          V   vocabulary
+    T   time (tokens)       nh  attention heads           hs  size of a head, C / nh
 
 `GPT.forward` ends at the hidden states (B, T, C). Three heads read them: the vocabulary
 (kernels.py, which never keeps the logits), a reward (one number, at the last token) and a value
 (one number at every token); the last two are `ScalarModel`.
 
-    python gpt.py                              talk to the newest stage in out/
-    python gpt.py --prompt "What is 4-2?"      answer once
-    python gpt.py --compare                    the same prompts, answered by every stage
-    python gpt.py --export DIR                 a folder that transformers loads (data/gpt2.py)
+`python gpt.py` talks to a trained model: see data/talk.py.
 """
 
-import argparse
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
 
 
 @dataclass
@@ -79,34 +74,46 @@ class Cache:
         if positions is None:
             keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
             return k, v
-        rows = torch.arange(len(positions), device=positions.device)
+        rows = torch.arange(len(positions), device=positions.device)  # (B,)
         keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
-        end = mask.shape[-1]
-        return keys[:, :, :end], values[:, :, :end]
+        end = mask.shape[-1]  # beyond the longest row the cache is empty
+        return keys[:, :, :end], values[:, :, :end]  # (B, nh, end, hs)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k^T / sqrt(hs)) v, over positions up to one's own."""
+    """Causal self-attention: every position gathers from the positions up to its own.
+
+    A position asks with a query q; each position up to it offers a key k and a value v. The better
+    k matches q, the more of v goes into the result: softmax(q k^T / sqrt(hs)) v, in nh heads side
+    by side (Vaswani et al. 2017, equation 1).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have found
 
     def forward(self, x, layer=None, cache=None, positions=None, mask=None):
         """x (B, T, C) -> (B, T, C). The others are needed while sampling: see Cache.update."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        qkv = self.c_attn(x)  # (B, T, 3 C): one product instead of three
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.update(layer, positions, mask, k, v)
+        # The fused call below is these four lines, without keeping the (T, T) scores in memory:
+        #   scores = q @ k.transpose(2, 3) / math.sqrt(hs)                      (B, nh, T, T)
+        #   later  = torch.ones(T, T, dtype=torch.bool).triu(1)                 (T, T): column > row
+        #   p      = scores.masked_fill(later, -math.inf).softmax(3)            each row sums to 1
+        #   y      = p @ v                                                      (B, nh, T, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
-    """Two layers, applied to every position by itself: (B, T, C) -> (B, T, C)."""
+    """Two layers, applied to every position alone: (B, T, C) -> (B, T, 4 C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -118,7 +125,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream x, of which it reads the norm."""
+    """Attention, then MLP: each reads the normalised residual stream x and adds its result to x."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -160,7 +167,8 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         if isinstance(module, (Attention, MLP)):
-            # 2 * n_layer branches are added up on the residual path: this keeps their sum at 0.02
+            # 2 * n_layer results are added to the residual stream: smaller ones keep it from
+            # growing with depth (GPT-2, section 2.3)
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     @property
@@ -189,7 +197,8 @@ class GPT(nn.Module):
             mask = None  # the usual causal one
         else:
             x = self.wte(idx) + self.wpe(positions)[:, None]  # (B, 1, C)
-            index = torch.arange(int(positions.max()) + 1, device=idx.device)
+            # Beyond a row's own position the cache has zeros, or keys of the padding of its prompt.
+            index = torch.arange(int(positions.max()) + 1, device=idx.device)  # (end,)
             later = index > positions[:, None]  # (B, end)
             mask = torch.zeros_like(later, dtype=x.dtype).masked_fill(later, -math.inf)
             mask = mask[:, None, None]  # (B, 1, 1, end), added to the scores of all heads
@@ -206,10 +215,10 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """A GPT with one number per position instead of a vocabulary: reward model and critic.
 
-    A reward model is read at the last token of a reply, a critic at every token. `mean` and `sd`
-    are set once, after a reward model is trained, so that its scores have mean 0 and SD 1 on
-    samples of the SFT model; without that, PPO's KL coefficient would mean something else for every
-    reward model.
+    A reward model is read at the last token of a response, a critic at every token. `reward_mean`
+    and `reward_sd` are set once, after a reward model is trained, so that its scores have mean 0
+    and SD 1 on samples of the SFT model; without that, PPO's KL coefficient would mean something
+    else for every reward model.
     """
 
     def __init__(self, config: GPTConfig):
@@ -218,8 +227,8 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.n_embd, 1)
         nn.init.zeros_(self.score.weight)  # all scores start at 0, so the first RM loss is ln 2
         nn.init.zeros_(self.score.bias)
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("sd", torch.ones(()))
+        self.register_buffer("reward_mean", torch.zeros(()))
+        self.register_buffer("reward_sd", torch.ones(()))
 
     @property
     def config(self) -> GPTConfig:
@@ -242,7 +251,7 @@ class ScalarModel(nn.Module):
         """idx (B, T) -> scores (B, T), float32."""
         hidden = self.gpt(idx).to(self.score.weight.dtype)  # (B, T, C)
         raw = self.score(hidden).squeeze(-1).float()  # (B, T)
-        return (raw - self.mean) / self.sd
+        return (raw - self.reward_mean) / self.reward_sd
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,8 +281,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logits = logits.masked_fill(out, -math.inf)
     probs = logits.softmax(1)
     # Inverse transform: lay the probabilities end to end and see where a uniform number falls. In
-    # float64, so that rare tokens keep their share; but Apple's GPUs have none. (torch.multinomial
-    # draws one random number per token of the vocabulary; that made sampling a third slower.)
+    # float64, so that rare tokens keep their probability; but Apple's GPUs have none.
+    # (torch.multinomial draws one random number per token of the vocabulary; that made sampling a
+    # third slower.)
     dtype = torch.float32 if probs.is_mps else torch.float64
     edges = probs.cumsum(1, dtype=dtype)  # (B, V)
     u = torch.rand(len(probs), 1, dtype=dtype, device=probs.device, generator=generator)
@@ -293,15 +303,17 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     batch_size: int = 512,
+    progress: str = "",
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Continue every prompt: token ids in, (replies, log-probabilities of their tokens) out.
+    """Continue every prompt: token ids in, (responses, log-probabilities of their tokens) out.
 
-    A reply ends with the token `stop`, which it then contains, or without it after max_new_tokens
-    or at the end of the context. Prompts may differ in length. Rows are padded on the right, and a
-    row that has ended leaves the batch, so it costs nothing more. batch_size is how many rows are
-    in the cache at a time: more are faster and need more memory. Sampling settings: see `sample`.
+    A response ends with the token `stop`, which it then contains, or without it after
+    max_new_tokens or at the end of the context. Prompts may differ in length. Rows are padded on
+    the right, and a row that has ended leaves the batch, so it costs nothing more. batch_size is
+    how many rows are in the cache at a time: more are faster and need more memory. Sampling
+    settings: see `sample`. progress: the name of a progress bar, if there is to be one.
 
-    Raises ValueError if a prompt is empty or leaves no room in the context for a reply.
+    Raises ValueError if a prompt is empty or leaves no room in the context for a response.
     """
     context, device = model.config.context, model.wte.weight.device
     for ids in prompts:
@@ -311,9 +323,11 @@ def generate(
                 f"for 1 to {context - 1}"
             )
     forward = model.forward  # not model(...), which torch.compile may have made for long sequences
-    replies, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), batch_size):
+    starts = range(0, len(prompts), batch_size)
+    # disable=None: no bar where the output is not a terminal, say a log file
+    for start in tqdm(starts, progress, disable=None if progress else True):
         rows = by_length[start : start + batch_size]  # prompts of similar length: little padding
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
         longest = min(int(lengths.max()) + max_new_tokens, context)
@@ -337,12 +351,13 @@ def generate(
             logits = last.to(model.head.dtype) @ model.head.T  # (B, V), never in bfloat16
             ids, lp = sample(logits, temperature, top_k, top_p, generator)
             for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
-                replies[i].append(token)
+                responses[i].append(token)
                 logprobs[i].append(logprob)
             alive = (positions < context - 1) & (n + 1 < max_new_tokens)
             if stop is not None:
                 alive &= ids != stop
-            # Rows that have ended leave the batch; rows from its end take their places.
+            # Rows that have ended leave the batch, and rows from its end move into the gaps: where
+            # 1 and 2 of 0, 1, 2, 3, 4 have ended, 3 and 4 take their places, and 0, 3, 4 go on.
             n_alive = int(alive.sum())
             if n_alive == 0:
                 break
@@ -352,17 +367,17 @@ def generate(
                 keep = torch.arange(n_alive, device=device)
                 keep[gaps] = movers
                 for table in (cache.keys, cache.values):
-                    table[:, gaps] = table[:, movers]  # moving few rows beats copying all others
+                    table[:, gaps] = table[:, movers]  # cheaper than copying all that stay
                 cache = cache.rows(slice(n_alive))
                 rows = [rows[i] for i in keep.tolist()]
                 ids, positions = ids[keep], positions[keep]
             last = forward(ids[:, None], cache, positions).squeeze(1)
             positions = positions + 1
-    return replies, logprobs
+    return responses, logprobs
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints, and the device that they are loaded to
+# Checkpoints
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict):
@@ -381,36 +396,30 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
         raise SystemExit(f"cannot save {path}: {error}. An earlier file there is untouched.")
 
 
-def load_checkpoint(path: str | Path, device="cpu") -> dict:
-    """Read a checkpoint without unpickling code. Exits with a message if that is impossible."""
+def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
+    """Read a checkpoint without unpickling code. Exits with a message if that is impossible.
+
+    mmap: leave the weights on disk until they are used.
+    """
     path = Path(path)
     if not path.exists():
-        raise SystemExit(f"there is no checkpoint {path}" + COMMANDS.get(path.parent.name, ""))
+        message, stage = f"there is no checkpoint {path}", path.parent.name
+        if stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
+            message += f": run `python train_{stage}.py` first, or name another checkpoint"
+        raise SystemExit(message)
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         checkpoint["stage"], checkpoint["model"], checkpoint["model_config"]
-    except Exception as error:  # a cut file, a pickle with code in it, some other file
+    except Exception as error:  # truncated, a pickle with code in it, some other file
         raise SystemExit(f"{path} is not a checkpoint of this project: {str(error)[:200]}")
     return checkpoint
-
-
-# What to say when the checkpoint of a stage is missing.
-COMMANDS = {
-    stage: f": run `python train_{stage}.py` first, or name another with --init or --ckpt"
-    for stage in ("pretrain", "sft", "rm", "ppo", "dpo")
-}
 
 
 def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dict]:
     """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries.
 
-    path: a checkpoint, or GPT-2's weights: a folder or a name (see data/gpt2.py).
     kind: GPT, or ScalarModel for a reward model. Exits if the checkpoint holds the other.
     """
-    from data.gpt2 import is_gpt2, load_gpt2
-
-    if is_gpt2(path) and kind is GPT:
-        return load_gpt2(path, device)
     checkpoint = load_checkpoint(path, device)
     if (checkpoint["stage"] == "rm") != (kind is ScalarModel):
         found = "a language model" if kind is ScalarModel else "a reward model"
@@ -422,138 +431,16 @@ def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dic
 
 def load_weights(model: nn.Module, weights: dict, where: str | Path):
     """load_state_dict, with a message that says which tensor differs and how."""
-    mine = model.state_dict()
-    for name in sorted(mine.keys() | weights.keys()):
-        here, there = mine.get(name), weights.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
-            raise SystemExit(f"{where}: {name} is {shapes[0]} there and {shapes[1]} in this model")
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        ours, theirs = (tuple(w[name].shape) if name in w else None for w in (wanted, weights))
+        if ours != theirs:
+            raise SystemExit(f"{where}: {name} is {theirs} there and {ours} in this model")
     model.load_state_dict(weights)
 
 
-def find_device(name: str) -> torch.device:
-    """The torch device of a --device option; auto is cuda if there is one, else cpu.
+if __name__ == "__main__":  # `python gpt.py` talks; nothing above needs the rest of the project
+    from data.run import run_script
+    from data.talk import Config, main
 
-    Exits with a message if it is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if missing.get(name, name not in ("cpu", "cuda", "mps")):
-        raise SystemExit(f"--device {name}: not available here; try --device cpu")
-    return torch.device(name)
-
-
-# ---------------------------------------------------------------------------------------------
-# Conversation
-
-
-def main():
-    """Talk to a checkpoint at the terminal, or let every stage answer the same prompts."""
-    # Down here, because the model itself needs nothing of ours and these import it.
-    from data.chat import encode_opening, encode_prompt, question, sample_replies
-    from data.gpt2 import export
-    from data.options import number
-    from data.tasks import SHOWN
-    from data.tokenizer import load_tokenizer
-
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
-    parser = argparse.ArgumentParser(description="Talk to a model.", allow_abbrev=False)
-    parser.add_argument("--ckpt", help="checkpoint to talk to (default: the newest stage in --out)")
-    parser.add_argument("--prompt", help="answer this and exit")
-    parser.add_argument("--compare", action="store_true", help="let all stages in --out answer")
-    parser.add_argument(
-        "--temperature", type=number(float), default=0.7, help="0 is greedy (default: 0.7)"
-    )
-    parser.add_argument(
-        "--top_k", type=number(int), default=0, help="keep the k likeliest tokens (0 = all)"
-    )
-    parser.add_argument(
-        "--top_p",
-        type=number(float, 0.01, 1),
-        default=1.0,
-        help="keep the likeliest with this probability",
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=number(int, 1), default=48, help="longest reply (default: 48)"
-    )
-    parser.add_argument("--seed", type=number(int), default=0, help="of sampling (default: 0)")
-    parser.add_argument("--out", default="out", help="folder of all runs (default: out)")
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
-    )
-    parser.add_argument("--export", metavar="DIR", help="write the model for transformers instead")
-    args = parser.parse_args()
-    device = find_device(args.device)
-
-    stages = [Path(args.out) / stage / "ckpt.pt" for stage in ("pretrain", "sft", "ppo", "dpo")]
-    paths = [path for path in stages if path.exists()]
-    if args.ckpt:
-        paths = [Path(args.ckpt)]
-    elif not paths:
-        raise SystemExit(
-            f"there is no model in {args.out}/ yet: run `python train_pretrain.py` first"
-        )
-    elif not args.compare:
-        paths = [max(paths, key=lambda path: path.stat().st_mtime)]
-
-    models = []
-    for path in paths:
-        model, checkpoint = load_model(path, device)
-        models.append((model, load_tokenizer(checkpoint["tokenizer"]), checkpoint["stage"]))
-
-    if args.export:
-        export(*models[0][:2], args.export)
-        print(f"{paths[0]} is in {args.export}/ now, with its tokenizer, for transformers")
-        return
-
-    def answer(text: str, seed: int):
-        """Print what every model says to text."""
-        for model, tokenizer, stage in models:
-            if stage == "pretrain":  # it has never seen a chat: the text opens a document
-                prompt, stop = encode_opening(tokenizer, text), tokenizer.eot
-            else:
-                prompt, stop = encode_prompt(tokenizer, question(text)), tokenizer.end
-            if len(prompt) >= model.config.context:
-                print(
-                    f"that is {len(prompt)} tokens, and the context of {stage} has "
-                    f"{model.config.context}"
-                )
-                continue
-            reply = sample_replies(
-                model,
-                tokenizer,
-                [prompt],
-                args.max_new_tokens,
-                seed,
-                args.temperature,
-                stop,
-                top_k=args.top_k,
-                top_p=args.top_p,
-            )[0]
-            name = f"{stage:9}" if len(models) > 1 else ""
-            said = reply.text or "(nothing: for this model the text ends here)"
-            print(name + said + ("" if reply.ended else " ..."))
-
-    if args.prompt is not None or args.compare:
-        for text in SHOWN if args.prompt is None else [args.prompt]:
-            if args.prompt is None:
-                print(f"\n> {text}")
-            answer(text, args.seed)
-        return
-    print(
-        f"You are talking to {paths[0]}. It answers every message on its own, since it was trained "
-        "on single questions. Leave with Ctrl-D."
-    )
-    for turn in range(10**9):
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text:
-            answer(text, args.seed + turn)
-
-
-if __name__ == "__main__":
-    main()
+    run_script(main, Config)

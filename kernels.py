@@ -1,5 +1,8 @@
 """From hidden states to cross-entropy, log-probabilities and entropy, without keeping the logits.
 
+On a first reading this file is optional: `linear_cross_entropy(h, W, t)` is the number that
+`F.cross_entropy(h @ W.T, t)` gives, and `linear_logprobs(h, W, t)` is minus that for every row.
+
 Every stage ends in the same product, hidden states (N, C) times the transposed token table (C, V),
 and wants one or two numbers per row of the result. The full logits (N, V) are by far the largest
 tensor of a training step: 8192 tokens and a vocabulary of 50304 are 1.6 GB in float32, and as much
@@ -60,6 +63,8 @@ try:
 except ImportError:  # Windows and macOS: the PyTorch path does everything
     triton = None
 
+IGNORE = -100  # the target of a row that does not count; the same number as in PyTorch
+
 # Logits held at one time on a CPU: 2^21 float32 numbers are 8 MB, about what stays in its cache.
 CHUNK_LOGITS = 2**21
 WORKSPACE = 2**30  # bytes of logits, or of their gradient, held at one time on a GPU
@@ -71,16 +76,13 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     target: torch.Tensor,
     *,
-    ignore_index: int = -100,
     reduction: str = "mean",
-    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy of softmax(hidden @ weight.T) against target, as one scalar.
 
-    hidden (N, C) and weight (V, C), floating point; target (N,), int64. Rows whose target is
-    ignore_index count for nothing, in value and in gradient. reduction "mean" divides by the number
-    of rows that count, "sum" does not; without such rows the result is 0. z_loss adds
-    z_loss * log(sum_j exp z_j)^2 per row (PaLM, https://arxiv.org/abs/2204.02311, section 5).
+    hidden (N, C) and weight (V, C), floating point; target (N,), int64. Rows whose target is -100
+    (IGNORE) count for nothing, in value and in gradient. reduction "mean" divides by the number
+    of rows that count, "sum" does not; without such rows the result is 0.
 
     Returns a float32 scalar (float64 for float64 inputs). Gradients flow to hidden and weight.
     Raises ValueError for shapes or a reduction that do not fit, IndexError for a target outside
@@ -88,15 +90,15 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
-    hidden, target, _ = _rows_that_count(hidden, weight, target, ignore_index)
+    hidden, target, _ = _rows_that_count(hidden, weight, target)
     scale = 1 / max(len(target), 1) if reduction == "mean" else 1.0
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return scale * _CrossEntropySum.apply(hidden, weight, target, z_loss)
+        return scale * _CrossEntropySum.apply(hidden, weight, target)
     total = hidden.new_zeros((), dtype=_precision(hidden))
     weight = _for_kernel(weight, hidden)
     for rows in _chunks(target, weight):
-        logprob, lse, _ = _statistics(hidden[rows], weight, target[rows], 1.0, False)
-        total += (z_loss * lse**2 - logprob).sum()
+        logprob, _, _ = _statistics(hidden[rows], weight, target[rows], 1.0, False)
+        total -= logprob.sum()
     return scale * total
 
 
@@ -107,16 +109,15 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
-    ignore_index: int = -100,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden @ weight.T / temperature) at target, for every row.
 
     hidden (N, C) and weight (V, C), floating point; target (N,), int64. Returns logprobs (N,), or
     with return_entropy (logprobs (N,), entropy (N,)), in nats, float32 (float64 for float64
-    inputs). Rows whose target is ignore_index give exactly 0 and receive no gradient. Any upstream
+    inputs). Rows whose target is -100 (IGNORE) give exactly 0 and receive no gradient. Any upstream
     gradient is allowed, for both results at once. Raises as `linear_cross_entropy` does.
     """
-    kept_hidden, kept_target, kept = _rows_that_count(hidden, weight, target, ignore_index)
+    kept_hidden, kept_target, kept = _rows_that_count(hidden, weight, target)
     logprobs, entropy = _Logprobs.apply(
         kept_hidden, weight, kept_target, temperature, return_entropy
     )
@@ -126,7 +127,7 @@ def linear_logprobs(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _rows_that_count(hidden, weight, target, ignore_index):
+def _rows_that_count(hidden, weight, target):
     """Drop ignored rows: (hidden, target, mask of the rows kept, or None if that is all)."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -134,11 +135,13 @@ def _rows_that_count(hidden, weight, target, ignore_index):
         )
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"target {tuple(target.shape)} must have one entry per row of hidden")
-    kept = target != ignore_index
+    # Dropped before the product and not masked after it: in SFT most rows are prompt or padding.
+    kept = target != IGNORE
     if not kept.all():
         hidden, target = hidden[kept], target[kept]
     else:
         kept = None
+    # On a GPU the check would be one more wait for its result.
     if target.device.type == "cpu" and len(target):
         low, high = target.aminmax()
         if low < 0 or high >= len(weight):
@@ -147,11 +150,13 @@ def _rows_that_count(hidden, weight, target, ignore_index):
 
 
 def _precision(x):
+    """Sums over a vocabulary need float32 at least: bfloat16 would stop counting at 256."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _chunks(target, weight):
     """Slices over the rows, each with about as many logits as there is room for."""
+    # Many small chunks waste time in launches and in rereading W; few large ones waste memory.
     if _use_triton(weight):
         size = min(WORKSPACE // (len(weight) * weight.element_size()), 4096)
     else:
@@ -165,25 +170,23 @@ def _chunks(target, weight):
 
 
 class _CrossEntropySum(Function):
-    """Sum over rows of -log p_t + z_loss * lse^2; the gradient is made in the forward pass."""
+    """Sum over rows of -log p_t; the gradient is made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, z_loss):
+    def forward(ctx, hidden, weight, target):
+        # The gradient for an upstream of 1. The true one is a factor, known in the backward pass.
         d_hidden, d_weight = _empty_gradients(ctx, hidden, weight)
         ctx.weight_dtype, weight = weight.dtype, _for_kernel(weight, hidden)
         total = hidden.new_zeros((), dtype=_precision(hidden))
         for rows in _chunks(target, weight):
             t = target[rows]
-            e, factor, others, logprob, lse = _exponentials(hidden[rows], weight, t)
-            total += (z_loss * lse**2 - logprob).sum()
-            # dz_j = p_j (1 + 2 z_loss lse) - [j = t], with p = factor * e. What is the same in a
-            # whole row goes into v, so that dz = v * e. At the target, p_t - 1 would lose its
-            # digits as p_t approaches 1, so it is minus the sum of all other probabilities.
-            zl = 1 + 2 * z_loss * lse
-            v = factor * zl
-            at_target = -others + (zl - 1) * logprob.exp()
-            e.scatter_(1, t[:, None], (at_target / v)[:, None].to(e.dtype))
-            _accumulate(e, v, hidden[rows], weight, rows, d_hidden, d_weight)
+            e, factor, others, logprob = _exponentials(hidden[rows], weight, t)
+            total -= logprob.sum()
+            # dz_j = p_j - [j = t], with p = factor * e, so dz = factor * e but for the target.
+            # There it is p_t - 1, which would lose its digits as p_t nears 1: so PyTorch's path has
+            # minus the sum of all other probabilities (Triton's has not: see `_exponentials`).
+            e.scatter_(1, t[:, None], (-others / factor)[:, None].to(e.dtype))
+            _accumulate(e, factor, hidden[rows], weight, rows, d_hidden, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
@@ -195,7 +198,7 @@ class _CrossEntropySum(Function):
             d_hidden = d_hidden * upstream.to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * upstream).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None
 
 
 class _Logprobs(Function):
@@ -208,6 +211,7 @@ class _Logprobs(Function):
         for rows in _chunks(target, weight):
             part = _statistics(hidden[rows], weight, target[rows], temperature, with_entropy)
             statistics[:, rows] = torch.stack(part)
+        # Three numbers per row are kept instead of V: with them, p follows from z computed again.
         ctx.save_for_backward(hidden, weight, target, statistics)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # what no loss uses has upstream None, and costs nothing
@@ -244,8 +248,10 @@ def _empty_gradients(ctx, hidden, weight):
 def _accumulate(dz, v, hidden, weight, rows, d_hidden, d_weight):
     """Carry v * dz, the gradient of one chunk of logits, on to its hidden states and the weight.
 
-    Products of bfloat16 numbers are added up, and added to d_weight, in float32.
+    dz (n, V); v (n,): a factor per row; rows: the chunk's slice of d_hidden. Products of bfloat16
+    numbers are added up, and added to d_weight, in float32.
     """
+    # v goes to the n x C hidden states and not to the n x V logits, of which there are many more.
     weight, hidden = weight.to(dz.dtype), (v[:, None] * hidden).to(dz.dtype)
     in_float32 = dict(out_dtype=torch.float32)
     if dz.dtype != torch.bfloat16:
@@ -270,14 +276,16 @@ def _forbid_double_backward():
 def _statistics(hidden, weight, target, temperature, with_entropy):
     """log p_t, log sum exp z and (if with_entropy, else 0) H of every row: three of (n,)."""
     if _use_triton(hidden):
+        # Merge the tiles of a row, as the formulas above do it for two: (n, tiles) -> (n,).
         m, s, u = _run_kernel("statistics", hidden, weight, temperature, with_entropy)
-        top = m.amax(1)  # merge the tiles of a row
-        share = (m - top[:, None]).exp()
-        total = (s * share).sum(1)
+        top = m.amax(1)
+        scale = (m - top[:, None]).exp()  # e^(m_i - m), which is 0 for a tile far below the top
+        total = (s * scale).sum(1)
         entropy = torch.zeros_like(top)
         if with_entropy:
-            entropy = total.log() - (share * (u + s * (m - top[:, None]))).sum(1) / total
+            entropy = total.log() - (scale * (u + s * (m - top[:, None]))).sum(1) / total
         z_t = _target_logits(hidden, weight, target, temperature)
+        # z_t is summed in another order than the tile's logits: rounding could make p_t exceed 1.
         return ((z_t - top) - total.log()).clamp(max=0), top + total.log(), entropy
     z = _logits(hidden, weight, temperature)
     p, logprob, top, log_s = _softmax(z, target)
@@ -288,16 +296,17 @@ def _statistics(hidden, weight, target, temperature, with_entropy):
 
 
 def _exponentials(hidden, weight, target):
-    """e (n, V), and per row: factor, with p = factor * e; 1 - p_t; log p_t; log sum exp z."""
+    """e (n, V), and per row: factor, with p = factor * e; 1 - p_t; log p_t."""
     if _use_triton(hidden):
         z_t = _target_logits(hidden, weight, target, 1.0)
         e, s = _run_kernel("exponentials", hidden, weight, base=z_t)
-        total = s.sum(1).clamp(min=1)  # exp(z_t - z_t) = 1 is one of its terms
-        return e, 1 / total, (total - 1) / total, -total.log(), z_t + total.log()
+        total = s.sum(1).clamp(min=1)  # exp(z_t - z_t) = 1 is one term, up to rounding
+        # 1 - p_t from a sum that holds p_t: unlike below, its digits end at 1e-7
+        return e, 1 / total, (total - 1) / total, -total.log()
     z = _logits(hidden, weight)
-    p, logprob, top, log_s = _softmax(z, target)
+    p, logprob, top, _ = _softmax(z, target)
     p.scatter_(1, target[:, None], 0.0)
-    return p, torch.ones_like(top), p.sum(1), logprob, top + log_s
+    return p, torch.ones_like(top), p.sum(1), logprob
 
 
 def _logit_gradients(hidden, weight, target, temperature, statistics, g, h):
@@ -308,7 +317,7 @@ def _logit_gradients(hidden, weight, target, temperature, statistics, g, h):
         dz = _run_kernel(
             "gradients", hidden, weight, temperature, h is not None, lse, entropy, g, h
         )
-        at_target = -g * torch.expm1(logprob)  # g (1 - p_t), with all its digits
+        at_target = -g * torch.expm1(logprob)  # g (1 - p_t); the tile's 1 - p_t has lost digits
         if h is not None:
             at_target -= h * logprob.exp() * (logprob + entropy)
         return dz.scatter_(1, t, at_target[:, None].to(dz.dtype))
@@ -324,7 +333,7 @@ def _logit_gradients(hidden, weight, target, temperature, statistics, g, h):
 
 
 def _logits(hidden, weight, temperature=1.0):
-    dtype = _precision(hidden)
+    dtype = _precision(hidden)  # the product of bfloat16 matrices would be rounded to bfloat16
     z = hidden.to(dtype) @ weight.to(dtype).T
     return z if temperature == 1.0 else z.div_(temperature)
 

@@ -1,26 +1,33 @@
 """Stage 5 of 5: DPO. The model learns from preferences directly: no reward model, no sampling.
 
-    h    = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)    (sums over the reply)
+    h    = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected)  (sums over the response)
     loss = - mean over pairs of log sigmoid(beta h)                      (Rafailov 2023, equation 7)
 
     trained  the SFT model                                   frozen  the SFT model, as reference
-    reads    out/sft/ckpt.pt, out/preferences.jsonl (made if missing; or --data pairs.jsonl)
+    reads    out/sft/ckpt.pt, out/preferences.jsonl (or --data pairs.jsonl)
     writes   out/dpo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_dpo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 0.8 SD, KL 1.1 nats per reply
+    expect   1 minute on two cores; gold of samples from 0.0 to 0.8 SD, KL 1.8 nats per response
 
-Why this is RLHF: the policy that maximises E[r] - beta KL is pi_ref exp(r / beta) / Z. Turned
-around, every policy is optimal for the reward beta log(pi / pi_ref) + beta log Z(prompt). Put that
-into the Bradley-Terry loss of train_rm.py and Z cancels: the policy is its own reward model.
+Why this is RLHF, in four lines:
 
-Watch `chosen` and `rejected` apart: the loss only asks for their difference, and usually both fall.
+    maximise   E[r(x, y)] - beta KL(pi || pi_ref)                what PPO does
+    solution   pi(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)           (equation 4)
+    so         r(x, y) = beta log(pi / pi_ref)(y|x) + beta log Z(x)       solved for r
+    hence      r(chosen) - r(rejected) = beta h                  Z(x) cancels: same prompt
+
+Put the last line into the loss of train_rm.py, and the policy is its own reward model.
+
+In the log, `chosen` and `rejected` are log-ratios to the reference in nats, `margin` is beta h, and
+`accuracy` its sign, whatever the --loss. Watch the first two: the loss only asks for their
+difference, and usually both fall.
 
 References: Rafailov et al. 2023; Azar et al. 2023 (IPO); Meng et al. 2024 (SimPO); Mitchell 2023
 (cDPO); Pang et al. 2024 (+ NLL). Differs in: size; the reference is run once, before training.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,31 +40,31 @@ from data.chat import (
     pad,
     question,
     sample_replies,
+    sorted_batches,
     transcript,
 )
-from data.files import held_out, keep_fitting, read_preferences
-from data.gold import gold
-from data.preferences import ensure_preferences
-from data.tasks import SHOWN, draw_tasks
-from data.tokenizer import load_tokenizer
-from gpt import load_model
-from kernels import linear_logprobs
-from train_pretrain import (
+from data.files import held_out, keep_fitting
+from data.gpt2 import load_init
+from data.preferences import load_preferences
+from data.run import (
     RANK,
     WORLD,
     Run,
     average_gradients,
     lr_at,
     mean_over_ranks,
-    my_share,
-    on_first_rank,
-    pick_device,
-    pieces,
+    microbatches,
     run_script,
     set_speed,
+    shard,
+    start,
     step_optimizers,
     sum_over_ranks,
 )
+from data.tokenizer import load_tokenizer
+from data.town.gold import gold
+from data.town.tasks import SHOWN, draw_tasks
+from kernels import linear_logprobs
 
 
 @dataclass
@@ -67,45 +74,59 @@ class Config:
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # loss
     loss: str = "dpo"  # dpo, cdpo, ipo or simpo
-    beta: float = 0.25  # how dearly the policy pays for leaving the reference (SimPO: try 2)
-    label_smoothing: float = 0.1  # cdpo: the share of labels that are thought to be wrong
-    simpo_margin: float = 0.5  # simpo: how much better chosen should be, in units of the loss
+    beta: float = 0.25  # strength of the KL term: small ones let the policy go far (SimPO: try 2)
+    label_smoothing: float = 0.1  # cdpo: the fraction of labels that are thought to be wrong
+    simpo_margin: float = 0.5  # simpo: gamma, the log-odds by which chosen should lead
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss
     # optimisation
     batch_size: int = 64  # pairs per step
     microbatch: int = 0  # pairs per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 1  # passes over the data
     lr: float = 2.5e-4  # peak learning rate (AdamW)
-    warmup: int = 10  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
+    warmup: int = 10  # steps until the peak (0 = none)
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = off)
     # run
-    max_new_tokens: int = 48  # longest reply when sampling
+    max_new_tokens: int = 48  # longest response when sampling
     seed: int = 0  # everything random follows from it
     eval_every: int = 50  # steps between evaluations on samples
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
     bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
-    out: str = "out"  # folder of all runs; this one writes to out/dpo
-    resume: bool = False  # go on with an interrupted run
-    check: bool = False  # compare the curves with those of right runs, in data/expected/
+    out: str = "out"  # folder of all runs
+    name: str = ""  # of this run, which writes to out/<name> ("" = dpo)
+    resume: bool = False  # continue an interrupted run
+    check: bool = False  # compare the curves with those of reference runs (data/check.py)
+
+    def __post_init__(self):
+        if self.beta == 0:
+            raise ValueError("--beta 0: preferences would count for nothing")
+        if self.loss not in ("dpo", "cdpo", "ipo", "simpo"):
+            raise ValueError(f"--loss {self.loss}: there are dpo, cdpo, ipo and simpo")
+
+    def resolved(self) -> "Config":
+        """The same with the paths that "" stands for."""
+        return replace(
+            self,
+            init=self.init or f"{self.out}/sft/ckpt.pt",
+            data=self.data or f"{self.out}/preferences.jsonl",
+        )
 
 
 def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log p(reply | prompt), a sum over the reply: tokens (B, T), mask (B, T) bool -> (B,)."""
+    """log p(response | prompt), a sum over the response: tokens, mask (B, T) -> (B,), in nats."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
-    target = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # ... token t + 1, if the reply has it
-    logprobs = linear_logprobs(
-        hidden.flatten(0, 1), model.head, target.flatten(), ignore_index=-100
-    )
+    target = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)  # ... token t + 1, if it counts
+    logprobs = linear_logprobs(hidden.flatten(0, 1), model.head, target.flatten())
     return logprobs.view_as(target).sum(1)
 
 
 def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
     """The loss of every pair, (B,). The arguments are (2, B): chosen, then rejected.
 
-    logprobs and ref_logprobs are sums over a reply, lengths are its tokens, end-of-turn included.
+    logprobs and ref_logprobs are sums over a response; lengths count its tokens, with end-of-turn.
     """
     chosen, rejected = logprobs - ref_logprobs
     chosen_mean, rejected_mean = logprobs / lengths
@@ -118,29 +139,27 @@ def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
         loss = (h - 1 / (2 * beta)) ** 2
     elif cfg.loss == "simpo":  # Meng et al. 2024, equation 6: per token, and no reference
         loss = -F.logsigmoid(beta * (chosen_mean - rejected_mean) - cfg.simpo_margin)
-    else:
-        raise SystemExit(f"--loss {cfg.loss}: there are dpo, cdpo, ipo and simpo")
-    return loss - cfg.nll * chosen_mean  # Pang et al. 2024, equation 4: keeps chosen from falling
+    return loss - cfg.nll * chosen_mean  # Pang et al. 2024: keeps chosen from becoming unlikely
+
+
+PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
+    "loss per pair": ["loss", "val_loss"],
+    "log-ratio to ref, nats per response": ["chosen", "rejected"],
+    "fraction of pairs, of responses": ["accuracy", "no_end"],
+    "KL from SFT, nats per response": ["kl"],
+    "gold, SD of SFT samples": ["gold"],
+}
 
 
 def main(cfg: Config) -> dict:
     """Train, and return the last row of the log."""
-    run = Run("dpo", cfg)
-    run.panels = {
-        "loss per pair": ["loss", "val_loss"],
-        "log-ratio to ref, nats per reply": ["chosen", "rejected"],
-        "share of pairs, of replies": ["accuracy", "no_end"],
-    }
-    if not cfg.data:
-        run.panels["gold, SD of SFT samples"] = ["gold"]
-    device = pick_device(cfg.device)
-    if cfg.beta == 0:
-        raise SystemExit("--beta 0: preferences would count for nothing")
+    cfg = cfg.resolved()
+    device = start(cfg)
+    run = Run("dpo", cfg, PANELS)
 
-    # ---- model
-    init = cfg.init or f"{cfg.out}/sft/ckpt.pt"
-    model, checkpoint = load_model(init, device)
-    ref, _ = load_model(init, device)
+    # ---- models
+    model, checkpoint = load_init(cfg.init, device)
+    ref, _ = load_init(cfg.init, device)
     set_speed(cfg, model, ref)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     optimizer = torch.optim.AdamW(
@@ -148,23 +167,17 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
-    data = cfg.data or f"{cfg.out}/preferences.jsonl"
-    if not cfg.data:
-        on_first_rank(ensure_preferences, data, init, cfg.seed, cfg.max_new_tokens, device)
-    rows = read_preferences(data)
+    rows = load_preferences(cfg.data)
     for row in rows:
         for side in ("chosen", "rejected"):
-            reply = [{"role": "assistant", "content": row[side]}]
-            row[f"{side}_ids"], row[f"{side}_mask"] = encode_chat(
-                tokenizer, row["messages"] + reply
-            )
-            # Replies to earlier questions, the same on both sides, are no part of the choice.
-            start = len(encode_prompt(tokenizer, row["messages"]))
-            row[f"{side}_mask"][:start] = [0] * start
+            response = [{"role": "assistant", "content": row[side]}]
+            ids, mask = encode_chat(tokenizer, row["messages"] + response)
+            # Answers to earlier questions, the same on both sides, are no part of the choice.
+            start_at = len(encode_prompt(tokenizer, row["messages"]))
+            row[f"{side}_ids"], row[f"{side}_mask"] = ids, [0] * start_at + mask[start_at:]
         row["length"] = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     rows = keep_fitting(rows, [row["length"] for row in rows], model.config.context)
     rows, test_rows = held_out(rows)
-    test_rows_by_length = sorted(test_rows, key=lambda row: row["length"])
     batches = []
     for epoch in range(cfg.epochs):
         rng = np.random.default_rng([cfg.seed, epoch])
@@ -179,7 +192,7 @@ def main(cfg: Config) -> dict:
         return tokens.to(device), mask.to(device)
 
     def both_sides(batch: list[dict]):
-        """Chosen replies, then rejected ones, so that one forward pass treats them alike."""
+        """Chosen responses, then rejected ones, so that one forward pass treats them alike."""
         return tensors(
             [
                 (row[f"{side}_ids"], row[f"{side}_mask"])
@@ -188,44 +201,51 @@ def main(cfg: Config) -> dict:
             ]
         )
 
+    def count(batch: list[dict], passes: int):
+        run.count(sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in batch), passes)
+
     # ---- the reference speaks once: two numbers per pair, and it costs nothing while training
-    by_length = sorted(rows + test_rows, key=lambda row: row["length"])
-    ref_logprobs = torch.zeros(2, len(by_length), device=device)  # of chosen, of rejected
+    all_rows = rows + test_rows
+    ref_logprobs = torch.zeros(2, len(all_rows), device=device)  # of chosen, of rejected
     with torch.no_grad():
-        for start in range(0, len(by_length), 64)[RANK::WORLD]:
-            part = slice(start, start + 64)
-            ref_logprobs[:, part] = sequence_logprobs(ref, *both_sides(by_length[part])).view(2, -1)
+        for batch in sorted_batches([row["length"] for row in all_rows])[RANK::WORLD]:
+            sides = both_sides([all_rows[i] for i in batch])
+            ref_logprobs[:, batch] = sequence_logprobs(ref, *sides).view(2, -1)
     sum_over_ranks(ref_logprobs)
-    for row, pair in zip(by_length, ref_logprobs.T):
-        row["ref_logprobs"] = pair
-        run.forwards += len(row["chosen_ids"]) + len(row["rejected_ids"])
+    for row, pair in zip(all_rows, ref_logprobs.T):
+        row["ref_logprobs"] = pair  # (2,)
+    count(all_rows, passes=1)
 
     def losses_of(batch: list[dict]):
         """(losses (B,), log-ratios (2, B) of chosen and rejected) of some rows."""
         tokens, mask = both_sides(batch)
         logprobs = sequence_logprobs(model, tokens, mask).view(2, -1)  # (2, B)
         ref_logprobs = torch.stack([row["ref_logprobs"] for row in batch], dim=1)  # (2, B)
-        lengths = mask.sum(1).view(2, -1)
+        lengths = mask.sum(1).view(2, -1)  # (2, B)
         return dpo_loss(logprobs, ref_logprobs, lengths, cfg), (logprobs - ref_logprobs).detach()
 
-    # ---- held-out prompts to sample on
-    if cfg.data:
+    # ---- held-out prompts to sample on: of the town, where there is a gold reward, or of the file
+    of_town = all("gold" in row for row in rows)
+    tasks = draw_tasks(150, "dpo", split="test") if of_town else []
+    asked = [question(task.prompt) for task in tasks]
+    if not of_town:
         asked = [row["messages"] for row in test_rows[:100]]
-    else:
-        tasks = draw_tasks(150, "dpo", split="test")
-        asked = [question(task.prompt) for task in tasks]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
 
     @torch.no_grad()
     def evaluate() -> dict:
         """Held-out pairs, and what the model says by itself: the loss knows nothing of that."""
-        losses, log_ratios = zip(*(losses_of(part) for part in pieces(test_rows_by_length, 64)))
-        chosen, rejected = torch.cat(log_ratios, 1)
+        by_length = sorted(test_rows, key=lambda row: row["length"])
+        losses, log_ratios = zip(*(losses_of(batch) for batch in microbatches(by_length, 64)))
+        chosen, rejected = torch.cat(log_ratios, 1)  # (2, N)
+        # A policy can widen every margin and still forget how to answer: length, no_end and gold
+        # are those of its own samples.
         replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-        said = tensors(
+        sampled = tensors(
             [(p + r.ids, [0] * len(p) + [1] * len(r.ids)) for p, r in zip(prompts, replies)]
         )
-        kl = sequence_logprobs(model, *said) - sequence_logprobs(ref, *said)
+        # (N,): of the policy's own samples, so the mean estimates KL(pi || pi_ref) without bias
+        kl = sequence_logprobs(model, *sampled) - sequence_logprobs(ref, *sampled)
         numbers = {
             "val_loss": torch.cat(losses).mean().item(),
             "val_accuracy": (chosen > rejected).float().mean().item(),
@@ -233,23 +253,27 @@ def main(cfg: Config) -> dict:
             "length": np.mean([len(reply.ids) for reply in replies]),
             "no_end": np.mean([not reply.ended for reply in replies]),
         }
-        if not cfg.data:
+        if of_town:
             numbers["gold"] = np.mean([gold(t, r.text, r.ended) for t, r in zip(tasks, replies)])
         return numbers
 
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
-        mine = [rows[i] for i in my_share(batches[step])]
+        my_rows = [rows[i] for i in shard(batches[step])]
         loss, log_ratios = 0.0, []
-        for part in pieces(mine, cfg.microbatch):
-            losses, part_log_ratios = losses_of(part)
-            (losses.sum() / len(mine)).backward()
-            loss += losses.sum().item() / len(mine)
-            log_ratios.append(part_log_ratios)
+        for microbatch in microbatches(my_rows, cfg.microbatch):
+            losses, microbatch_log_ratios = losses_of(microbatch)
+            (losses.sum() / len(my_rows)).backward()  # adds to the gradients that are there
+            loss += losses.sum().item() / len(my_rows)
+            log_ratios.append(microbatch_log_ratios)
         chosen, rejected = log_ratios = torch.cat(log_ratios, 1)  # (2, B)
         if step == 0:
-            rounding = 1.0 if cfg.bf16 else 1e-2
-            assert log_ratios.abs().max() < rounding, "policy and reference start as the same model"
+            rounding = (
+                0.2 if cfg.bf16 else 1e-2
+            )  # of a mean; a sum over one response may be off more
+            assert log_ratios.abs().max() < 5 * rounding, (
+                "policy and reference are not the same yet"
+            )
             if cfg.loss == "dpo" and not cfg.nll:
                 assert abs(loss - math.log(2)) < rounding, "margin 0, so the loss is ln 2"
         grad_norm = average_gradients(model, cfg.grad_clip)
@@ -262,27 +286,16 @@ def main(cfg: Config) -> dict:
         }
         run.log(step, **mean_over_ranks(device, **numbers), grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
-        run.forwards += 3 * 2 * sum(rows[i]["length"] for i in batches[step])
+        count([rows[i] for i in batches[step]], passes=3)  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             numbers = evaluate()
             run.log(step, **numbers)
-            run.say(
-                f"step {step + 1:4d}  loss {run.rows[-1]['loss']:.3f}  "
-                + "  ".join(
-                    f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items()
-                )
-                + f"  {run.elapsed():.0f} s"
-            )
+            run.report(step, "loss", *numbers)
 
-    # ---- results
-    if cfg.data:
-        shown = [row["messages"] for row in test_rows[:8]]
-    else:
-        shown = [question(text) for text in SHOWN]
-    samples = transcript(model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-    print(samples)
-    run.finish(model, samples)
+    # ---- results: what it says to some prompts
+    shown = [question(text) for text in SHOWN] if of_town else asked[:8]
+    run.finish(model, transcript(model, tokenizer, shown, cfg.max_new_tokens, cfg.seed))
     return run.rows[-1]
 
 

@@ -1,45 +1,46 @@
-"""Stage 4 of 5: RLHF with PPO. The model tries replies, a reward model scores them, PPO learns.
+"""Stage 4 of 5: RLHF with PPO. The model tries responses, a reward model scores them, PPO learns.
 
-    maximise  E[ r(x, y) ] - beta KL(policy || reference)       x a prompt, y sampled by the policy
+    maximise  E[ r(x, y) ] - beta KL(policy || reference)       x a prompt, y the policy's response
 
-    reward   R_t = -beta (log pi - log pi_ref)(y_t), plus r(x, y) at the last token of y
-    delta_t  = R_t + gamma V_{t+1} - V_t         A_t = delta_t + gamma lambda A_{t+1}        (GAE)
-    ratio_t  = pi(y_t) / pi_old(y_t)
-    policy   loss = mean max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))           (PPO, equation 7)
+    reward   R_t = -beta (log pi_old - log pi_ref)(y_t), plus r(x, y) at the last token of y
+    delta_t  = R_t + gamma V_old,t+1 - V_old,t   A_t = delta_t + gamma lambda A_{t+1}        (GAE)
+    ratio_t  = pi(y_t) / pi_old(y_t)             A' = whiten(A): mean 0, variance 1 over all tokens
+    policy   loss = mean max(-A' ratio, -A' clip(ratio, 1 - eps, 1 + eps))         (PPO, equation 7)
+             (minus --entropy_bonus times the policy's entropy, if asked for)
     critic   loss = mean 1/2 max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2)
-             where G = A + V_old is the return that the critic should have foreseen
+             where G = A + V_old, not whitened, is the return that the critic should have foreseen
+    pi is the policy, pi_old the same when it sampled y; eps is --clip, and --value_clip for values
 
-    trained  policy (from SFT), critic (from the reward model)
+    trained  policy (from SFT), critic (from the reward model; without one, from SFT)
     frozen   reference (the SFT model), reward model
     reads    out/sft/ckpt.pt, out/rm/ckpt.pt, prompts of the town (or --data rows.jsonl);
              under --reward gold or exact, no reward model
     writes   out/ppo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_ppo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 1.8 nats per reply
+    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 1.7 nats per response
 
 The policy is the only model that is kept. The KL term holds it near the SFT model, where the reward
-model has seen replies and can be trusted. `proxy` is what the policy is trained on, `gold` what it
-should be trained on and never sees: when proxy goes on rising while gold falls, the policy has
+model has seen responses and can be trusted. `proxy` is what the policy is trained on, `gold` what
+it should be trained on and never sees: when proxy keeps rising while gold falls, the policy has
 found the reward model's mistakes (over-optimisation).
 
 References: Schulman et al. 2017 (PPO), 2016 (GAE, equation 16); Ziegler et al. 2019 (KL in the
-reward, adaptive beta); Ouyang et al. 2022 (InstructGPT). Differs in: no pretraining gradients mixed
-in, no entropy bonus, and a reply without end has its score replaced, not reduced.
+reward, adaptive beta); Ouyang et al. 2022 (InstructGPT). As in Ziegler et al. and OpenAI's code, a
+response without an end gets a fixed score (trl subtracts a fine). As in that code, and not in the
+PPO paper, values are clipped and Adam's eps is 1e-5. Differs in: policy and critic are separate
+models, so no coefficient stands between their losses; no pretraining gradients are mixed in;
+learning rates fall to a tenth.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from data.chat import encode_prompt, pad, question, sample_replies, transcript
 from data.files import held_out, keep_fitting, read_prompts
-from data.gold import gold
-from data.tasks import SHOWN, draw_tasks
-from data.tokenizer import load_tokenizer
-from gpt import ScalarModel, load_model
-from kernels import linear_logprobs
-from train_pretrain import (
+from data.gpt2 import load_init
+from data.run import (
     RANK,
     WORLD,
     Run,
@@ -47,13 +48,19 @@ from train_pretrain import (
     gather,
     lr_at,
     mean_over_ranks,
-    my_share,
-    pick_device,
     run_script,
     set_speed,
+    shard,
+    shard_microbatches,
+    start,
     step_optimizers,
     sum_over_ranks,
 )
+from data.tokenizer import load_tokenizer
+from data.town.gold import final_answer, gold
+from data.town.tasks import SHOWN, draw_tasks, task_rows
+from gpt import ScalarModel, load_model
+from kernels import linear_logprobs
 from train_rm import score_sequences
 
 
@@ -65,73 +72,95 @@ class Config:
     data: str = ""  # JSON or JSONL with prompts ("" = tasks of the town)
     # rollouts
     iterations: int = 26  # rounds of sampling, scoring and updating
-    rollouts: int = 128  # replies sampled per iteration
+    rollouts: int = 128  # responses sampled per iteration
     temperature: float = 1.0  # of sampling, and so of every log-probability
-    max_new_tokens: int = 48  # longest reply; without an end by then it gets no_end_score
-    no_end_score: float = -2.0  # score of a reply without end, in SD of SFT samples
+    max_new_tokens: int = 48  # longest response; without an end by then it gets no_end_score
+    no_end_score: float = -2.0  # score of a response without an end, in SD of SFT samples
     # reward
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (final answers)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
-    target_kl: float = 0.0  # nats per reply that beta is adapted to (0 = beta stays fixed)
+    target_kl: float = 0.0  # KL per response that beta is adapted to reach (0 = beta stays fixed)
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic
     # updates
     epochs: int = 2  # passes over the rollouts of an iteration
-    minibatch: int = 64  # replies per optimizer step
-    microbatch: int = 16  # replies per forward pass; gradients add up to the minibatch
+    minibatch: int = 64  # responses per optimizer step
+    microbatch: int = 16  # responses per forward pass; gradients add up to the minibatch
     clip: float = 0.2  # eps of the ratio
     value_clip: float = 0.2  # eps of the values
+    entropy_bonus: float = 0.0  # weight of the policy's entropy, which keeps it from settling early
     lr: float = 3e-4  # peak learning rate of the policy
     critic_lr: float = 1e-3  # peak learning rate of the critic
-    warmup: int = 2  # iterations until the peak
-    grad_clip: float = 1.0  # largest norm of either gradient (0 = any)
+    warmup: int = 2  # iterations until the peak (0 = none)
+    grad_clip: float = 1.0  # largest norm of either gradient (0 = off)
     # run
     seed: int = 0  # everything random follows from it
     eval_every: int = 10  # iterations between greedy evaluations on held-out prompts
     save_every: int = 10  # iterations between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
     bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
-    out: str = "out"  # folder of all runs; this one writes to out/ppo
-    resume: bool = False  # go on with an interrupted run
-    check: bool = False  # compare the curves with those of right runs, in data/expected/
+    out: str = "out"  # folder of all runs
+    name: str = ""  # of this run, which writes to out/<name> ("" = ppo)
+    resume: bool = False  # continue an interrupted run
+    check: bool = False  # compare the curves with those of reference runs (data/check.py)
+
+    def __post_init__(self):
+        if self.temperature == 0:
+            raise ValueError(
+                "--temperature 0: PPO learns from samples, and greedy ones never differ"
+            )
+        if self.target_kl and not self.beta:
+            raise ValueError("--target_kl adapts --beta by factors, and 0 stays 0: start above it")
+        if self.reward not in ("rm", "exact" if self.data else "gold"):
+            raise ValueError(
+                f"--reward {self.reward}: there are rm, gold (without --data) and exact (with it)"
+            )
+
+    def resolved(self) -> "Config":
+        """The same with the paths that "" stands for."""
+        return replace(
+            self,
+            init=self.init or f"{self.out}/sft/ckpt.pt",
+            rm=self.rm or f"{self.out}/rm/ckpt.pt",
+        )
 
 
 # ---------------------------------------------------------------------------------------------
-# The mathematics. Column t of every (B, T - 1) tensor below is about tokens[:, t + 1]: its
-# log-probability, its reward, and the value of the state just before it.
+# The mathematics. Column t of every (B, T) tensor below is about the t-th prediction: the token
+# that was to come (targets), its log-probability, its reward, and the value of the state before it.
 
 
-def response_logprobs(hidden, head, tokens, mask, temperature):
+def response_logprobs(hidden, head, targets, mask, temperature):
     """Log-probability of every response token given all before it, and the policy's entropy there.
 
-    hidden (B, T - 1, C) = model(tokens[:, :-1]) and head (V, C) are the policy's; tokens (B, T)
-    int64; mask (B, T - 1) bool: which tokens[:, 1:] belong to the response. Returns (logprobs,
-    entropy), both (B, T - 1) in nats, 0 outside the mask. Old, new and reference policy all go
-    through here: two functions that differ in the last digit would make the ratio lie.
+    hidden (B, T, C) and head (V, C) are the policy's; targets (B, T) int64: the tokens that follow;
+    mask (B, T) bool: which of them belong to the response. Returns (logprobs, entropy), both (B, T)
+    in nats, 0 outside the mask. Old, new and reference policy all go through here: two functions
+    that differ in the last digit would make the ratio lie.
     """
-    target = tokens[:, 1:].masked_fill(~mask, -100)
     logprobs, entropy = linear_logprobs(
         hidden.flatten(0, 1),
         head,
-        target.flatten(),
+        targets.masked_fill(~mask, -100).flatten(),
         temperature=temperature,
         return_entropy=True,
-        ignore_index=-100,
     )
-    return logprobs.view_as(target), entropy.view_as(target)
+    return logprobs.view_as(targets), entropy.view_as(targets)
 
 
-def exact_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
-    """KL(policy || ref) per response, summed over all the vocabulary at each of its tokens: (B,).
+def full_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
+    """KL(policy || ref) at each token of a response, over all the vocabulary, summed: (B,).
 
-    What log pi - log pi_ref of the sampled tokens estimates. For the log only: it needs all logits.
+    log pi - log pi_ref of the sampled tokens estimates the same, with more noise. What remains
+    random here is which tokens came before. For the log only: it needs all logits.
     """
     hidden, ref_hidden = hidden[mask].to(head.dtype), ref_hidden[mask].to(head.dtype)  # (N, C)
     logp = (hidden @ head.T / temperature).float().log_softmax(-1)  # (N, V)
-    logref = (ref_hidden @ ref_head.T / temperature).float().log_softmax(-1)
-    kl = mask.new_zeros(mask.shape, dtype=torch.float32)
+    logref = (ref_hidden @ ref_head.T / temperature).float().log_softmax(-1)  # (N, V)
+    kl = mask.new_zeros(mask.shape, dtype=torch.float32)  # (B, T)
     kl[mask] = (logp.exp() * (logp - logref)).sum(-1)
     return kl.sum(1)
 
@@ -149,13 +178,14 @@ def whiten(x, mask):
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """R_t (B, T - 1): the KL penalty at every response token, and at the last the score (B,).
+    """R_t (B, T): the KL penalty at every response token, and at the last one the score (B,) too.
 
     log pi - log pi_ref of the sampled token is an unbiased estimate of the KL there (k1 in
-    http://joschu.net/blog/kl-approx.html). It may be negative; cutting it off at 0 would bias it.
+    http://joschu.net/blog/kl-approx.html). It may be negative; clipping it at 0 would bias it.
     """
     rewards = -beta * (logprobs - ref_logprobs) * mask
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # (B,)
+    # The column of each response's last token, (B,).
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     rewards[torch.arange(len(rewards)), last] += scores
     return rewards
 
@@ -171,10 +201,10 @@ def k3(log_ratio):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation: all (B, T - 1) -> advantages, returns; 0 outside the mask.
+    """Generalised advantage estimation: all (B, T) -> advantages, returns; 0 outside the mask.
 
-    Nothing follows the last token: its next value is 0. The returns, which the critic learns, are
-    A + V before A is whitened.
+    The mask of a row is one stretch, and nothing follows its last token: the next value is 0. The
+    returns, which the critic learns, are A + V before A is whitened.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros(len(rewards), device=rewards.device)
@@ -187,7 +217,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
-    """Clipped surrogate per token, and the ratio; all (B, T - 1).
+    """Clipped surrogate per token, and the ratio; all (B, T).
 
     The maximum of two losses: a token whose ratio has left [1 - clip, 1 + clip] in the direction
     its advantage asked for gets no gradient; one that left in the wrong direction is pulled back.
@@ -198,22 +228,23 @@ def policy_loss(logprobs, old_logprobs, advantages, clip):
 
 
 def value_loss(values, old_values, returns, clip):
-    """Half the squared error per token (B, T - 1), of the free or the clipped value if larger."""
+    """Half the squared error per token (B, T): of the value or of the clipped one, if larger."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 class KLCoefficient:
-    """beta: fixed, or adapted so that the KL per reply nears a target (Ziegler 2019, sec. 2.2)."""
+    """beta: fixed, or adapted so that the KL per response nears a target (Ziegler et al. 2019,
+    section 2.2)."""
 
-    def __init__(self, beta, target, horizon=10_000):
-        self.beta, self.target, self.horizon = beta, target, horizon
+    def __init__(self, beta, target):
+        self.beta, self.target = beta, target
 
-    def update(self, kl, n_replies):
-        """After n_replies more, at this mean KL per reply: beta grows if it is above the target."""
+    def update(self, kl):
+        """After an iteration with this mean KL per response: beta grows if that was too much."""
         if self.target:
-            error = max(-0.2, min(kl / self.target - 1, 0.2))
-            self.beta *= 1 + error * n_replies / self.horizon
+            error = max(-0.2, min(kl / self.target - 1, 0.2))  # both constants are the paper's
+            self.beta *= 1 + 0.1 * error
 
     def state_dict(self):
         return {"beta": self.beta}
@@ -223,41 +254,94 @@ class KLCoefficient:
 
 
 # ---------------------------------------------------------------------------------------------
+# Prompts, and what responses to them are worth
+
+
+def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and to test on, each with "messages" and at most `longest` "ids" of them.
+
+    Rows of the town also have the "task" that gold needs, rows of a file an "answer" if it has one.
+    """
+    if cfg.data:
+        rows, test_rows = held_out(read_prompts(cfg.data))
+    else:
+        rows = task_rows(draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}"))
+        test_rows = task_rows(draw_tasks(150, "ppo", split="test"))
+    for row in rows + test_rows:
+        row["ids"] = encode_prompt(tokenizer, row["messages"])
+    limit = "the context minus max_new_tokens,"
+    rows, test_rows = (
+        keep_fitting(some_rows, [len(row["ids"]) for row in some_rows], longest, limit)
+        for some_rows in (rows, test_rows)
+    )
+    for row in rows + test_rows:
+        if cfg.reward == "exact" and not row.get("answer"):
+            raise SystemExit(f"{row['where']}: --reward exact needs a reply to compare with")
+    return rows, test_rows
+
+
+def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
+    """What the policy is trained on, for each reply to a row: (B,), on the CPU."""
+    pairs = list(zip(rows, replies))
+    if cfg.reward == "rm":
+        sequences = [row["ids"] + reply.ids for row, reply in pairs]
+        rewards = score_sequences(reward_model, sequences, tokenizer.pad)
+    elif cfg.reward == "gold":
+        rewards = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
+    else:
+        rewards = [final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs]
+    return torch.tensor(np.asarray(rewards, dtype=np.float32))
+
+
+def mean_gold(rows, replies) -> dict[str, float]:
+    """The mean gold reward, for the log; nothing where there is no gold."""
+    if "task" not in rows[0]:
+        return {}
+    return {"gold": np.mean([gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)])}
+
+
+# ---------------------------------------------------------------------------------------------
 # The stage
+
+
+def checksum(model) -> float:
+    """A number that changes whenever a weight of the model does."""
+    return sum(p.cpu().double().abs().sum().item() for p in model.parameters())
+
+
+PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
+    "reward, SD of SFT samples": ["proxy", "gold"],
+    "KL from SFT, nats per response\n(k3 jumps at rare tokens)": ["kl", "kl_k3", "kl_full"],
+    "entropy, nats per token": ["entropy"],
+    "explained variance of the returns": ["explained_variance"],
+    "fractions; approx. KL in nats": ["clipfrac", "approx_kl", "no_end"],
+}
+REPORTED = "proxy gold kl length no_end greedy_proxy greedy_gold".split()  # on the screen
 
 
 def main(cfg: Config) -> dict:
     """Train, and return the last row of the log."""
-    run = Run("ppo", cfg)
-    run.panels = {
-        "reward, SD of SFT samples": ["proxy", "gold"],
-        "KL from SFT, nats per reply": ["kl", "kl_k3", "kl_exact"],
-        "entropy, nats per token": ["entropy"],
-        "explained variance of the returns": ["explained_variance"],
-        "shares; approx_kl in nats": ["clipfrac", "approx_kl", "no_end"],
-    }
-    device = pick_device(cfg.device)
-    if cfg.temperature == 0:
-        raise SystemExit("--temperature 0: PPO learns from samples, and greedy replies are none")
+    cfg = cfg.resolved()
+    device = start(cfg)
+    run = Run("ppo", cfg, PANELS, unit="iteration")
 
     # ---- models: two that learn, two that stay as they are
-    init, rm_path = cfg.init or f"{cfg.out}/sft/ckpt.pt", cfg.rm or f"{cfg.out}/rm/ckpt.pt"
-    policy, checkpoint = load_model(init, device)
-    ref, _ = load_model(init, device)
+    policy, checkpoint = load_init(cfg.init, device)
+    ref, _ = load_init(cfg.init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    reward_model = None
     if cfg.reward == "rm":
-        reward_model, rm_checkpoint = load_model(rm_path, device, ScalarModel)
-        critic, _ = load_model(rm_path, device, ScalarModel)
+        reward_model, rm_checkpoint = load_model(cfg.rm, device, ScalarModel)
+        critic, _ = load_model(cfg.rm, device, ScalarModel)
         if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
-            raise SystemExit(f"{rm_path} has another tokenizer than {init}")
+            raise SystemExit(f"{cfg.rm} has another tokenizer than {cfg.init}")
         reward_model.requires_grad_(False)
-    elif cfg.reward == ("exact" if cfg.data else "gold"):
-        critic = ScalarModel.from_gpt(policy).to(device)
+        set_speed(cfg, reward_model)
     else:
-        raise SystemExit(
-            f"--reward {cfg.reward}: there are rm, gold (without --data) and exact (with it)"
-        )
+        critic = ScalarModel.from_gpt(policy).to(device)
     ref.requires_grad_(False)
+    set_speed(cfg, policy, ref, critic)
+    ref_before = checksum(ref)
     # On a GPU all tensors are updated by one kernel; on a CPU that would save 1 % of an iteration.
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=device.type == "cuda")
     optimizers = {
@@ -265,220 +349,156 @@ def main(cfg: Config) -> dict:
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw),
     }
     kl_coefficient = KLCoefficient(cfg.beta, cfg.target_kl)
-    set_speed(cfg, policy, ref, critic, *([reward_model] if cfg.reward == "rm" else []))
-    # How far equal log-probabilities may be apart. The town's are within 1e-6, but GPT-2's logits
-    # lie near -80, where float32 has fewer digits after the point.
-    rounding = 1.0 if cfg.bf16 else 1e-2
+    # How far apart log-probabilities may be that should be equal. The town's are within 1e-5, but
+    # GPT-2's logits lie near -80, where float32 has fewer digits after the point.
+    rounding = 0.2 if cfg.bf16 else 1e-2
 
     # ---- prompts
-    if cfg.data:
-        rows, test_rows = held_out(read_prompts(cfg.data))
-    else:
-        tasks = draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}")
-        rows, test_rows = town_rows(tasks), town_rows(draw_tasks(150, "ppo", split="test"))
-    room = policy.config.context - cfg.max_new_tokens
-    for row in rows + test_rows:
-        row["ids"] = encode_prompt(tokenizer, row["messages"])
-    what = "the context minus max_new_tokens,"
-    rows = keep_fitting(rows, [len(row["ids"]) for row in rows], room, what)
-    test_rows = keep_fitting(test_rows, [len(row["ids"]) for row in test_rows], room, what)
-    for row in rows + test_rows:
-        if cfg.reward == "exact" and not row.get("answer"):
-            raise SystemExit(f"{row['where']}: --reward exact needs a reply to compare with")
-
-    def score(rows, replies):
-        """The reward of replies (B,), and the score that PPO uses (B,): no end, no credit."""
-        pairs = list(zip(rows, replies))
-        if cfg.reward == "rm":
-            sequences = [row["ids"] + reply.ids for row, reply in pairs]
-            proxy = score_sequences(reward_model, sequences, tokenizer.pad)
-        elif cfg.reward == "gold":
-            proxy = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
-        else:
-            proxy = [
-                final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs
-            ]
-        proxy = torch.tensor(np.asarray(proxy, dtype=np.float32))
-        # Replaced, not reduced: if a long reply could earn more than the fine, it would.
-        ended = torch.tensor([reply.ended for reply in replies])
-        return proxy.to(device), torch.where(ended, proxy, cfg.no_end_score).to(device)
-
-    def mean_gold(rows, replies):
-        """The mean gold reward, as columns for the log; none where there is no gold."""
-        if "task" not in rows[0]:
-            return {}
-        golds = [gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)]
-        return {"gold": np.mean(golds)}
+    longest, temperature = cfg.max_new_tokens, cfg.temperature
+    rows, test_rows = load_prompts(cfg, tokenizer, policy.config.context - longest)
 
     # ---- training
-    for iteration in run.steps(
-        cfg.iterations,
-        policy,
-        tokenizer,
-        critic=critic,
-        kl_coefficient=kl_coefficient,
-        **optimizers,
-    ):
-        rng = np.random.default_rng([cfg.seed, iteration])
+    trained = dict(critic=critic, kl_coefficient=kl_coefficient, **optimizers)
+    for iteration in run.steps(cfg.iterations, policy, tokenizer, **trained):
+        rng = np.random.default_rng([cfg.seed, iteration])  # so that --resume repeats it
 
         # 1. Roll out: the policy answers, and every model reads the answers.
-        batch = [rows[i] for i in rng.choice(len(rows), cfg.rollouts, cfg.rollouts > len(rows))]
-        ids, seed = [row["ids"] for row in my_share(batch)], int(rng.integers(2**31)) + RANK
-        replies = gather(
-            sample_replies(policy, tokenizer, ids, cfg.max_new_tokens, seed, cfg.temperature)
-        )
-        # From here on sorted by length, so that neighbours can share a forward pass with few pads.
+        drawn = rng.choice(len(rows), cfg.rollouts, replace=cfg.rollouts > len(rows))
+        batch = [rows[i] for i in drawn]
+        seed = int(rng.integers(2**31)) + RANK  # ranks sample different tokens
+        asked = shard([row["ids"] for row in batch])
+        replies = gather(sample_replies(policy, tokenizer, asked, longest, seed, temperature))
+        # From here on sorted by length, so that neighbours share a forward pass with few pads.
         pairs = sorted(zip(batch, replies), key=lambda pair: len(pair[0]["ids"]) + len(pair[1].ids))
         batch, replies = zip(*pairs)
         prompts = [row["ids"] for row in batch]
         sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
-        ends = [len(ids) for ids in sequences]  # where each row ends
-        tokens = pad(sequences, tokenizer.pad).to(device)  # (B, T)
-        chosen = [[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)]
-        mask = pad(chosen, 0).bool().to(device)  # (B, T - 1): the tokens[:, 1:] the policy chose
-        proxy, scores = score(batch, replies)  # (B,)
+        widths = [len(ids) - 1 for ids in sequences]  # predictions in each row
+        tokens = pad(sequences, tokenizer.pad).to(device)  # (B, T + 1)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T): read token t, predict token t + 1
+        in_response = [[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)]
+        mask = pad(in_response, 0).bool().to(device)  # (B, T): the targets that the policy chose
 
         old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
-        kl_exact = torch.zeros(len(batch), device=device)
+        kl_full = torch.zeros(len(batch), device=device)
         with torch.no_grad():
-            for start in range(0, len(batch), cfg.microbatch)[RANK::WORLD]:
-                part = slice(start, start + cfg.microbatch)
-                end = max(ends[part])
-                here = part, slice(end - 1)
-                ids, m, T = tokens[part, :end], mask[here], cfg.temperature
-                hidden, ref_hidden = policy(ids[:, :-1]), ref(ids[:, :-1])
-                old_logprobs[here], entropy[here] = response_logprobs(
-                    hidden, policy.head, ids, m, T
+            # at: the rows and columns of a microbatch, as an index into all (B, T) tensors
+            for at in shard_microbatches(np.arange(len(batch)), widths, cfg.microbatch):
+                hidden, ref_hidden = policy(inputs[at]), ref(inputs[at])  # (b, t, C)
+                y, m = targets[at], mask[at]
+                old_logprobs[at], entropy[at] = response_logprobs(
+                    hidden, policy.head, y, m, temperature
                 )
-                ref_logprobs[here], _ = response_logprobs(ref_hidden, ref.head, ids, m, T)
-                kl_exact[part] = exact_kl(hidden, policy.head, ref_hidden, ref.head, m, T)
-                old_values[here] = critic(ids[:, :-1])
-        sum_over_ranks(old_logprobs, ref_logprobs, old_values, entropy, kl_exact)
-
-        # 2. Rewards and advantages.
-        log_ratio = (old_logprobs - ref_logprobs) * mask
-        kl = log_ratio.sum(1)  # (B,): k1, summed over the reply
-        kl_k3 = k3(log_ratio).sum(1)
+                ref_logprobs[at], _ = response_logprobs(ref_hidden, ref.head, y, m, temperature)
+                old_values[at] = critic(inputs[at])
+                kl_full[at[0]] = full_kl(hidden, policy.head, ref_hidden, ref.head, m, temperature)
+        sum_over_ranks(old_logprobs, ref_logprobs, old_values, entropy, kl_full)
         if iteration == 0:
-            assert kl_exact.abs().max() < rounding, "policy and reference start as the same model"
-        beta = kl_coefficient.beta
+            sampled = [[0.0] * (len(p) - 1) + r.logprobs for p, r in zip(prompts, replies)]
+            worst = (pad(sampled, 0.0).to(device) - old_logprobs).abs().max().item()
+            assert worst < rounding, (
+                f"the sampler's log-probabilities are off by {worst:.3g} from those that PPO "
+                "scores: is it the same model, at the same temperature?"
+            )
+            assert kl_full.abs().max() < rounding, "policy and reference start as the same model"
+
+        # 2. Rewards and advantages. proxy: the reward model's; scores: the same, where there is an
+        # end; rewards: of every token; returns: what the critic should predict.
+        proxy = proxy_reward(cfg, batch, replies, reward_model, tokenizer).to(device)  # (B,)
+        # Without an end there is no credit. Were the score only reduced, a long response that earns
+        # more than the fine would pay.
+        ended = torch.tensor([reply.ended for reply in replies], device=device)
+        scores = torch.where(ended, proxy, cfg.no_end_score)  # (B,)
+        log_ratio = (old_logprobs - ref_logprobs) * mask
+        kl, beta = log_ratio.sum(1), kl_coefficient.beta  # kl (B,): k1, summed over the response
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        unexplained = (returns - old_values)[mask].var() / returns[mask].var()
+        unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
         advantages = whiten(advantages, mask)
 
         # 3. Update policy and critic on these rollouts.
         measured = []  # per step: policy loss, value loss, KL, clipfrac, two gradient norms
-        ratio_errors = torch.zeros(len(batch), device=device)
+        ratio_errors = torch.zeros(len(batch), device=device)  # of the first step: ratios must be 1
         for epoch in range(cfg.epochs):
             order = rng.permutation(len(batch))
             for first in range(0, len(batch), cfg.minibatch):
                 minibatch = np.sort(order[first : first + cfg.minibatch])  # sorted by length again
                 n_tokens = mask[minibatch].sum() / WORLD  # since gradients are averaged over ranks
-                numbers = torch.zeros(4)
-                for start in range(0, len(minibatch), cfg.microbatch)[RANK::WORLD]:
-                    part = minibatch[start : start + cfg.microbatch]
-                    end = ends[part[-1]]
-                    here = part, slice(end - 1)  # these rows, without the columns that only pad
-                    ids, m = tokens[part, :end], mask[here]
-                    hidden = policy(ids[:, :-1])
-                    logprobs, _ = response_logprobs(hidden, policy.head, ids, m, cfg.temperature)
-                    pg, ratio = policy_loss(
-                        logprobs, old_logprobs[here], advantages[here], cfg.clip
+                sums = torch.zeros(4)
+                for at in shard_microbatches(minibatch, widths, cfg.microbatch):
+                    hidden, m = policy(inputs[at]), mask[at]
+                    logprobs, new_entropy = response_logprobs(
+                        hidden, policy.head, targets[at], m, temperature
                     )
-                    values = critic(ids[:, :-1])
-                    vf = value_loss(values, old_values[here], returns[here], cfg.value_clip)
-                    # Every token of the minibatch counts the same, whatever the reply it is in.
+                    pg, ratio = policy_loss(logprobs, old_logprobs[at], advantages[at], cfg.clip)
+                    if cfg.entropy_bonus:
+                        pg = pg - cfg.entropy_bonus * new_entropy
+                    values = critic(inputs[at])
+                    vf = value_loss(values, old_values[at], returns[at], cfg.value_clip)
+                    # Every token of the minibatch counts the same, whatever response it is in.
                     ((pg * m).sum() / n_tokens).backward()
                     ((vf * m).sum() / n_tokens).backward()
 
                     with torch.no_grad():
-                        off = (ratio - 1).abs() * m
+                        moved = (ratio - 1).abs() * m
                         if epoch == 0 and first == 0:
-                            ratio_errors[part] = off.amax(1)
-                        approx_kl = k3(old_logprobs[here] - logprobs)  # of old policy to new
-                        for i, x in enumerate((pg, vf, approx_kl, (off > cfg.clip).float())):
-                            numbers[i] += ((x * m).sum() / n_tokens).cpu()
+                            ratio_errors[at[0]] = moved.amax(1)
+                        approx_kl = k3(old_logprobs[at] - logprobs)  # of old policy to new
+                        outside = (moved > cfg.clip).float()
+                        for i, x in enumerate((pg, vf, approx_kl, outside)):
+                            sums[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and first == 0:
                     sum_over_ranks(ratio_errors)
                     worst = ratio_errors.max().item()
                     assert worst < rounding, f"a ratio is off by {worst} before any update"
                 norms = [average_gradients(model, cfg.grad_clip) for model in (policy, critic)]
-                measured.append([*numbers.tolist(), *norms])
-                step_optimizers(
-                    optimizers.values(), lr_at(iteration, cfg.iterations, cfg.warmup, 0.1)
-                )
+                measured.append([*sums.tolist(), *norms])
+                lr_fraction = lr_at(iteration, cfg.iterations, cfg.warmup, floor=0.1)
+                step_optimizers(optimizers.values(), lr_fraction)
 
         # 4. Report.
         names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
-        *losses, policy_norm, critic_norm = np.mean(measured, 0)
+        *means, policy_norm, critic_norm = np.mean(measured, 0)
         run.log(
             iteration,
             proxy=proxy.mean().item(),
             **mean_gold(batch, replies),
             kl=kl.mean().item(),
-            kl_k3=kl_k3.mean().item(),
-            kl_exact=kl_exact.mean().item(),
+            kl_k3=k3(log_ratio).sum(1).mean().item(),
+            kl_full=kl_full.mean().item(),
             beta=beta,
             objective=(scores - beta * kl).mean().item(),
             entropy=masked_mean(entropy, mask).item(),
             length=mask.sum(1).float().mean().item(),
             no_end=np.mean([not reply.ended for reply in replies]),
-            **mean_over_ranks(device, **dict(zip(names, losses))),
+            **mean_over_ranks(device, **dict(zip(names, means))),
             explained_variance=1 - unexplained.item(),
             first_ratio_error=ratio_errors.max().item(),
             policy_grad_norm=policy_norm,
             critic_grad_norm=critic_norm,
         )
-        kl_coefficient.update(kl.mean().item(), len(batch))
-        n = sum(ends)
-        smaller = critic.config.n_layer / policy.config.n_layer  # so is the reward model
-        # sampling, old, ref; reward, value; then forward 1 + backward 2 for each
-        run.forwards += n * (3 + 2 * smaller + cfg.epochs * 3 * (1 + smaller))
+        kl_coefficient.update(kl.mean().item())
+        # Policy: sampling, old logprobs, updates; reference; critic: values, updates; score.
+        updates = 3 * cfg.epochs  # forward 1, backward 2
+        size = critic.config.n_layer / policy.config.n_layer
+        passes = 2 + updates + 1 + size * (1 + updates + (cfg.reward == "rm"))
+        run.count(sum(map(len, sequences)), passes)
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
-            prompts = [row["ids"] for row in test_rows]
-            replies = sample_replies(policy, tokenizer, prompts, cfg.max_new_tokens, 0, 0.0)
-            proxy, _ = score(test_rows, replies)
+            asked = [row["ids"] for row in test_rows]
+            replies = sample_replies(policy, tokenizer, asked, longest, seed=0, temperature=0.0)
+            proxy = proxy_reward(cfg, test_rows, replies, reward_model, tokenizer)
             greedy = {"proxy": proxy.mean().item(), **mean_gold(test_rows, replies)}
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
-            names = [
-                name for name in ("proxy", "gold", "kl", "length", "no_end") if name in run.rows[-1]
-            ]
-            run.say(
-                f"iteration {iteration + 1:3d}  "
-                + "  ".join(f"{name.replace('_', ' ')} {run.rows[-1][name]:.2f}" for name in names)
-                + "  held out, greedy: "
-                + "  ".join(f"{name} {value:.2f}" for name, value in greedy.items())
-                + f"  {run.elapsed():.0f} s\n    > {test_rows[0]['messages'][-1]['content']}"
-                + f"\n    {replies[0].text}"
-            )
+            run.report(iteration, *REPORTED)
+            run.say(f"    > {test_rows[0]['messages'][-1]['content']}\n    {replies[0].text}")
 
-    # ---- results
-    start, _ = load_model(init, device)
-    for now, then in zip(ref.parameters(), start.parameters()):
-        assert torch.equal(now, then), "the reference must not move"
-    if cfg.data:
-        shown = [row["messages"] for row in test_rows[:8]]
-    else:
-        shown = [question(text) for text in SHOWN]
-    samples = transcript(policy, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-    print(samples)
-    run.finish(policy, samples)
+    # ---- results: what it says to some prompts
+    assert checksum(ref) == ref_before, "the reference must not move"
+    file_prompts = [row["messages"] for row in test_rows[:8]]
+    shown = file_prompts if cfg.data else [question(text) for text in SHOWN]
+    run.finish(policy, transcript(policy, tokenizer, shown, longest, cfg.seed))
     return run.rows[-1]
-
-
-def final_answer(text: str) -> str:
-    """What follows the last "####" (as in GSM8K), or all of it; 1,000 and $1000. are 1000."""
-    return text.split("####")[-1].strip().replace(",", "").strip("$. ")
-
-
-def town_rows(tasks) -> list[dict]:
-    """Tasks of the town in the form that data/files.py gives to rows of a file."""
-    return [
-        {"messages": question(task.prompt), "task": task, "where": f"task {i}"}
-        for i, task in enumerate(tasks)
-    ]
 
 
 if __name__ == "__main__":

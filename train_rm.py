@@ -1,52 +1,60 @@
-"""Stage 3 of 5: the reward model (RM). A model learns which of two replies people prefer.
+"""Stage 3 of 5: the reward model (RM). A model learns which of two responses people prefer.
 
     p(chosen beats rejected) = sigmoid(r(chosen) - r(rejected))             (Bradley and Terry 1952)
     loss = - mean over pairs of log sigmoid(r(chosen) - r(rejected))       (Ouyang 2022, equation 1)
 
     trained  a GPT with a scalar head, from the SFT weights    frozen  nothing
-    reads    out/sft/ckpt.pt, out/preferences.jsonl (made if missing; or --data pairs.jsonl)
+    reads    out/sft/ckpt.pt, out/preferences.jsonl (or --data pairs.jsonl)
     writes   out/rm/: ckpt.pt, log.csv, curve.png, samples.txt, reliability.png, report.json
-    run      python train_rm.py
-    expect   2 minutes on two cores; right on 0.75 of held-out labels, gold itself on 0.81
+    run      python -m data.preferences; python train_rm.py
+    expect   1 minute on two cores; held-out accuracy 0.76, where an oracle judge has 0.81
 
-r is read at the last token of the reply, its end-of-turn token, where the model has seen all of it.
-Only differences of r are learned, so afterwards r is shifted and scaled to mean 0 and SD 1 on
+r is read at the last token of the response, its end-of-turn token, where the model has seen all of
+it. Only differences of r are learned, so afterwards r is shifted and scaled to mean 0 and SD 1 on
 samples of the SFT model: then PPO's KL coefficient means the same for every reward model.
 
-In the town we can ask what nobody can ask elsewhere: how good could a judge of these labels be?
-Annotators are noisy, so even one who knows gold agrees with only so many of them (Bayes accuracy).
+How good could a judge of these labels be? Annotators are noisy, so even an oracle, who knows the
+true reward of every response, agrees with only so many of them (Bayes accuracy). In the town it can
+be asked: data/metrics.py does.
 
 Reference: Stiennon et al. 2020. Differs in: size; the head starts at 0, so the first loss is ln 2.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.chat import encode_prompt, encode_reply, length_batches, pad, sample_replies
-from data.files import held_out, keep_fitting, read_preferences
-from data.preferences import ensure_preferences
-from data.tokenizer import load_tokenizer
-from gpt import ScalarModel, load_model
-from train_pretrain import (
-    COLOURS,
+from data.chat import (
+    encode_prompt,
+    encode_reply,
+    length_batches,
+    pad,
+    sample_replies,
+    sorted_batches,
+)
+from data.files import held_out, keep_fitting
+from data.gpt2 import load_init
+from data.metrics import judge, plot_reliability
+from data.preferences import load_preferences
+from data.run import (
     Run,
     average_gradients,
     lr_at,
     mean_over_ranks,
-    my_share,
+    microbatches,
     on_first_rank,
-    pick_device,
-    pieces,
     run_script,
     set_speed,
+    shard,
+    start,
     step_optimizers,
 )
+from data.tokenizer import load_tokenizer
+from gpt import ScalarModel
 
 
 @dataclass
@@ -61,20 +69,30 @@ class Config:
     microbatch: int = 0  # pairs per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 2  # passes over the pairs; reward models overfit soon
     lr: float = 5e-4  # peak learning rate (AdamW)
-    warmup: int = 20  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
+    warmup: int = 20  # steps until the peak (0 = none)
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = off)
     # run
-    max_new_tokens: int = 48  # longest reply when sampling from the SFT model
+    max_new_tokens: int = 48  # longest response when sampling from the SFT model
     seed: int = 0  # everything random follows from it
     eval_every: int = 50  # steps between evaluations on held-out pairs
     save_every: int = 100  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
     bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
-    out: str = "out"  # folder of all runs; this one writes to out/rm
-    resume: bool = False  # go on with an interrupted run
-    check: bool = False  # compare the curves with those of right runs, in data/expected/
+    out: str = "out"  # folder of all runs
+    name: str = ""  # of this run, which writes to out/<name> ("" = rm)
+    resume: bool = False  # continue an interrupted run
+    check: bool = False  # compare the curves with those of reference runs (data/check.py)
+
+    def resolved(self) -> "Config":
+        """The same with the paths that "" stands for."""
+        return replace(
+            self,
+            init=self.init or f"{self.out}/sft/ckpt.pt",
+            data=self.data or f"{self.out}/preferences.jsonl",
+        )
 
 
 def preference_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
@@ -87,64 +105,39 @@ def last_token_scores(model: ScalarModel, rows: list[list[int]], pad_id: int) ->
 
     Padding stands on the right, where causal attention cannot see it, so it changes nothing.
     """
-    device = model.mean.device
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    device = model.reward_mean.device
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)  # (B,)
     scores = model(pad(rows, pad_id).to(device))  # (B, T)
     return scores.gather(1, last[:, None]).squeeze(1)
 
 
-def expected_calibration_error(p: np.ndarray, won: np.ndarray, bins: int = 10):
-    """How far predicted win rates are from observed ones (Guo et al. 2017, equation 3).
-
-    p (N,): predicted probability that the first reply wins; won (N,): 1 if it did. Returns the
-    error and, per filled bin, (mean p, observed rate, count).
-    """
-    which = np.minimum((p * bins).astype(int), bins - 1)
-    table = [
-        (p[which == b].mean(), won[which == b].mean(), (which == b).sum())
-        for b in range(bins)
-        if (which == b).any()
-    ]
-    return sum(n * abs(mean - rate) for mean, rate, n in table) / len(p), table
-
-
-def spearman(x, y) -> float:
-    """Rank correlation; equal values share their mean rank."""
-
-    def ranks(values):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count + 1) / 2)[place]
-
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
 @torch.no_grad()
 def score_sequences(model: ScalarModel, sequences: list[list[int]], pad_id: int) -> np.ndarray:
-    """`last_token_scores` of any number of sequences, 64 of similar length at a time: (N,)."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    """`last_token_scores` of any number of sequences: (N,)."""
     scores = np.empty(len(sequences))
-    for start in range(0, len(order), 64):
-        part = order[start : start + 64]
-        scores[part] = last_token_scores(model, [sequences[i] for i in part], pad_id).cpu()
+    for batch in sorted_batches([len(ids) for ids in sequences]):
+        scores[batch] = last_token_scores(model, [sequences[i] for i in batch], pad_id).cpu()
     return scores
+
+
+PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
+    "loss, nats per pair": ["loss", "val_loss"],
+    "accuracy on held-out pairs": ["val_accuracy"],
+    "norm of the gradient": ["grad_norm"],
+}
 
 
 def main(cfg: Config) -> dict:
     """Train, and return what `judge` says about the result."""
-    run = Run("rm", cfg)
-    run.panels = {
-        "loss, nats per pair": ["loss", "val_loss"],
-        "right on held-out pairs, share": ["val_accuracy"],
-        "norm of the gradient": ["grad_norm"],
-    }
-    device = pick_device(cfg.device)
+    cfg = cfg.resolved()
+    device = start(cfg)
+    run = Run("rm", cfg, PANELS)
 
     # ---- models
-    init = cfg.init or f"{cfg.out}/sft/ckpt.pt"
-    sft, checkpoint = load_model(init, device)
+    sft, checkpoint = load_init(cfg.init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     if cfg.n_layer > sft.config.n_layer:
-        raise SystemExit(f"--n_layer {cfg.n_layer}: {init} has {sft.config.n_layer}")
+        raise SystemExit(f"--n_layer {cfg.n_layer}: {cfg.init} has {sft.config.n_layer}")
     model = ScalarModel.from_gpt(sft, cfg.n_layer).to(device).train()
     set_speed(cfg, sft, model)
     optimizer = torch.optim.AdamW(
@@ -152,10 +145,7 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
-    data = cfg.data or f"{cfg.out}/preferences.jsonl"
-    if not cfg.data:
-        on_first_rank(ensure_preferences, data, init, cfg.seed, cfg.max_new_tokens, device)
-    rows = read_preferences(data)
+    rows = load_preferences(cfg.data)
     for row in rows:
         prompt = encode_prompt(tokenizer, row["messages"])
         row["chosen_ids"] = prompt + encode_reply(tokenizer, row["chosen"])
@@ -172,19 +162,27 @@ def main(cfg: Config) -> dict:
         f"{len(batches)} steps of {cfg.batch_size}"
     )
 
+    def score_test_rows():
+        """Scores of the held-out pairs, (N,) of the chosen and (N,) of the rejected responses."""
+        for side in ("chosen_ids", "rejected_ids"):
+            yield score_sequences(model, [row[side] for row in test_rows], tokenizer.pad)
+
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
-        mine = my_share(batch)
+        my_rows = shard(batch)
         loss = accuracy = 0.0
-        for part in pieces(mine, cfg.microbatch):
+        for microbatch in microbatches(my_rows, cfg.microbatch):
             # One forward pass for both sides, so that they are treated alike.
-            sequences = [row["chosen_ids"] for row in part] + [row["rejected_ids"] for row in part]
-            chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(2, -1)
-            part_loss = preference_loss(chosen, rejected) * len(part) / len(mine)
-            part_loss.backward()
-            loss += part_loss.item()
-            accuracy += (chosen > rejected).sum().item() / len(mine)
+            sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in microbatch]
+            chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(
+                2, -1
+            )  # (B,)
+            # A mean over pairs: the last microbatch may be smaller, and then counts for less.
+            pair_loss = preference_loss(chosen, rejected) * len(microbatch) / len(my_rows)
+            pair_loss.backward()  # adds to the gradients that are there
+            loss += pair_loss.item()
+            accuracy += (chosen > rejected).sum().item() / len(my_rows)
         if step == 0:
             assert abs(loss - math.log(2)) < 1e-6, "the head starts at 0: loss ln 2"
         grad_norm = average_gradients(model, cfg.grad_clip)
@@ -192,99 +190,39 @@ def main(cfg: Config) -> dict:
         run.log(step, **numbers, grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         n_tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in batch)
-        run.forwards += 3 * n_tokens * model.config.n_layer / sft.config.n_layer
+        size = model.config.n_layer / sft.config.n_layer  # of the language model's
+        run.count(n_tokens, passes=3 * size)  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
-            chosen = score_sequences(model, [row["chosen_ids"] for row in test_rows], tokenizer.pad)
-            rejected = score_sequences(
-                model, [row["rejected_ids"] for row in test_rows], tokenizer.pad
-            )
+            chosen, rejected = score_test_rows()
             val_loss = preference_loss(torch.tensor(chosen), torch.tensor(rejected)).item()
-            val_accuracy = float((chosen > rejected).mean())
-            run.log(step, val_loss=val_loss, val_accuracy=val_accuracy)
-            run.say(
-                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  held out: "
-                f"loss {val_loss:.3f}, accuracy {val_accuracy:.3f}  {run.elapsed():.0f} s"
-            )
+            run.log(step, val_loss=val_loss, val_accuracy=float((chosen > rejected).mean()))
+            run.report(step, "loss", "val_loss", "val_accuracy")
 
-    # ---- normalisation: mean 0 and SD 1 on samples of the SFT model
+    # ---- normalisation: mean 0 and SD 1 on samples of the SFT model, where PPO will start. Pairs
+    # would not do: equal and unfinished responses were left out of them.
     model.eval()
-    some = rows[:: max(len(rows) // 512, 1)]
-    prompts = [encode_prompt(tokenizer, row["messages"]) for row in some]
+    sampled_rows = rows[:: max(len(rows) // 512, 1)]  # about 512, spread over the file
+    prompts = [encode_prompt(tokenizer, row["messages"]) for row in sampled_rows]
     replies = sample_replies(sft, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
     sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
     scores = score_sequences(model, sequences, tokenizer.pad)
-    model.mean.fill_(scores.mean())
-    model.sd.fill_(scores.std())
+    model.reward_mean.fill_(scores.mean())
+    model.reward_sd.fill_(max(scores.std(), 1e-6))  # 0 if all are alike, say of one response
 
     # ---- results: how good is it, and could it have been better?
-    chosen = score_sequences(model, [row["chosen_ids"] for row in test_rows], tokenizer.pad)
-    rejected = score_sequences(model, [row["rejected_ids"] for row in test_rows], tokenizer.pad)
-    report = judge(chosen, rejected, test_rows, run.unfinished / "reliability.png", float(model.sd))
-    print(json.dumps({k: v for k, v in report.items() if k != "by_task"}))
+    chosen, rejected = score_test_rows()
+    report, table = judge(chosen, rejected, test_rows, float(model.reward_sd))
+    on_first_rank(plot_reliability, table, run.unfinished / "reliability.png")
+    on_first_rank((run.unfinished / "report.json").write_text, json.dumps(report, indent=1))
+    numbers = [f"{k} {v:.3f}" for k, v in report.items() if isinstance(v, float)]
+    print(f"{report['pairs']} held-out pairs: {'  '.join(numbers)}")
     samples = ""
     for row, c, r in list(zip(test_rows, chosen, rejected))[:12]:
         samples += f"> {row['messages'][-1]['content']}\n"
         samples += f"{c:+.2f} chosen    {row['chosen']}\n{r:+.2f} rejected  {row['rejected']}\n\n"
-    print(samples)
-    (run.unfinished / "report.json").write_text(json.dumps(report, indent=1))
     run.finish(model, samples, report=report)
     return report
-
-
-def judge(chosen, rejected, rows, picture, sd) -> dict:
-    """What scores of held-out pairs say about a reward model; with gold, if the rows have it."""
-    # Before normalisation the difference of scores is a log-odds: sd turns it back into one.
-    difference = sd * (chosen - rejected)
-    order = np.arange(len(rows)) % 2 == 0  # "chosen" would always win: look at every other pair
-    p = 1 / (1 + np.exp(-np.where(order, difference, -difference)))  # from the other side
-    ece, table = expected_calibration_error(p, order.astype(float))
-    report = {"pairs": len(rows), "accuracy": float((difference > 0).mean()), "ece": float(ece)}
-    plot_reliability(table, picture)
-    if all("gold" in row for row in rows):
-        gold = np.array([row["gold"] for row in rows])  # (N, 2): of chosen, of rejected
-        p = np.array([row["p"] for row in rows])
-        separated = gold[:, 0] != gold[:, 1]
-        right = (difference > 0) == (gold[:, 0] > gold[:, 1])
-        # What a judge who knows gold would score: on average over labels, and on these very ones.
-        report["bayes_accuracy"] = float(np.maximum(p, 1 - p).mean())
-        report["gold_accuracy"] = float(0.5 + 0.5 * np.sign(gold[:, 0] - gold[:, 1]).mean())
-        report["spearman_gold"] = spearman(np.concatenate([chosen, rejected]), gold.T.flatten())
-        report["gold_order"] = float(right[separated].mean())
-        report["by_task"] = {}
-        for kind in sorted({row["kind"] for row in rows}):
-            here = np.array([row["kind"] == kind for row in rows])
-            report["by_task"][kind] = {
-                "pairs": int(here.sum()),
-                "accuracy": float((difference > 0)[here].mean()),
-                "bayes_accuracy": float(np.maximum(p, 1 - p)[here].mean()),
-                "gold_order": float(right[here & separated].mean())
-                if (here & separated).any()
-                else None,
-            }
-    return report
-
-
-def plot_reliability(table, path):
-    """Predicted against observed win rates; on the diagonal a probability means what it says."""
-    predicted, observed, count = map(np.array, zip(*table))
-    figure, axis = plt.subplots(figsize=(4, 4))
-    axis.plot([0, 1], [0, 1], "--", color="grey", lw=1, label="calibrated")
-    axis.errorbar(
-        predicted,
-        observed,
-        1.96 * np.sqrt(observed * (1 - observed) / count),
-        fmt="o-",
-        color=COLOURS[0],
-        capsize=3,
-        label="reward model, 95 % interval",
-    )
-    axis.set(xlabel="predicted win rate", ylabel="observed win rate", xlim=(0, 1), ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

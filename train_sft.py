@@ -1,22 +1,22 @@
 """Stage 2 of 5: supervised fine-tuning (SFT). The model learns to answer, many tasks at once.
 
-    loss = - mean over the tokens of replies of log p(token | conversation so far)
+    loss = - mean over the tokens of responses of log p(token | conversation so far)
 
     trained  the pretrained GPT                              frozen  nothing
     reads    out/pretrain/ckpt.pt, demonstrations of the town (or --data rows.jsonl)
     writes   out/sft/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_sft.py
-    expect   2 to 3 minutes on two cores; validation loss 0.25 nats per token of a reply
+    expect   1.5 minutes on two cores; validation loss 0.25 nats per token of a response
 
-Only the reply is learned, end-of-turn included: the prompt is the user's business, and a model that
-never sees an end never stops. The demonstrations are those of a crowd, mostly good, but some wrong,
-rude or rambling, and SFT imitates them all. Telling good from bad is left to the next stages.
+Only the response is learned, end-of-turn included: the prompt is the user's business, and a model
+that never sees an end never stops. Demonstrators are mostly good, but some of what they write is
+wrong, rude or rambling, and SFT imitates it all. Telling good from bad is left to later stages.
 
 References: Wei et al. 2021 (FLAN: many tasks as instructions), Ouyang et al. 2022 (InstructGPT,
-section 3.5). Differs from them in: size, data, loss averaged over tokens rather than replies.
+section 3.5). Differs from them in: size, data, loss averaged over tokens rather than responses.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -24,23 +24,23 @@ import torch
 
 from data.chat import encode_chat, length_batches, pad, question, transcript
 from data.files import held_out, keep_fitting, read_conversations
-from data.tasks import SHOWN, demonstrations
-from data.tokenizer import load_tokenizer
-from gpt import load_model
-from kernels import linear_cross_entropy
-from train_pretrain import (
+from data.gpt2 import load_init
+from data.run import (
     WORLD,
     Run,
     average_gradients,
     lr_at,
     mean_over_ranks,
-    my_share,
-    pick_device,
-    pieces,
+    microbatches,
     run_script,
     set_speed,
+    shard,
+    start,
     step_optimizers,
 )
+from data.tokenizer import load_tokenizer
+from data.town.tasks import SHOWN, demonstrations
+from kernels import linear_cross_entropy
 
 
 @dataclass
@@ -48,33 +48,39 @@ class Config:
     # data
     init: str = ""  # checkpoint to start from ("" = out/pretrain/ckpt.pt)
     data: str = ""  # JSON or JSONL with conversations ("" = demonstrations of the town)
-    demonstrations: int = 36000  # how many the crowd of the town writes
+    demonstrations: int = 36000  # how many responses demonstrators of the town write
     tasks: str = ""  # mixture of kinds, like story:3,one_sum ("" = all, equally)
     # optimisation
     batch_size: int = 48  # conversations per step
     microbatch: int = 0  # conversations per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 2  # passes over the data
     lr: float = 2e-3  # peak learning rate (AdamW)
-    warmup: int = 20  # steps until the peak
-    grad_clip: float = 1.0  # largest norm of the gradient (0 = any)
+    warmup: int = 20  # steps until the peak (0 = none)
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = off)
     # run
-    max_new_tokens: int = 48  # longest reply among the samples
+    max_new_tokens: int = 48  # longest response among the samples
     seed: int = 0  # everything random follows from it
     eval_every: int = 200  # steps between validations
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
     bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
-    out: str = "out"  # folder of all runs; this one writes to out/sft
-    resume: bool = False  # go on with an interrupted run
-    check: bool = False  # compare the curves with those of right runs, in data/expected/
+    out: str = "out"  # folder of all runs
+    name: str = ""  # of this run, which writes to out/<name> ("" = sft)
+    resume: bool = False  # continue an interrupted run
+    check: bool = False  # compare the curves with those of reference runs (data/check.py)
+
+    def resolved(self) -> "Config":
+        """The same with the paths that "" stands for."""
+        return replace(self, init=self.init or f"{self.out}/pretrain/ckpt.pt")
 
 
 def sft_loss(model, tokens: torch.Tensor, mask: torch.Tensor, reduction="mean") -> torch.Tensor:
-    """Cross-entropy of tokens (B, T) int64 under the mask (B, T) bool -> scalar."""
+    """Cross-entropy of tokens (B, T) int64 under the mask (B, T) bool -> scalar, in nats."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
-    target, counts = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if that is the reply's
+    target, counts = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if the response has it
     # Prompt and padding leave before the head, where most of the arithmetic is.
     return linear_cross_entropy(hidden[counts], model.head, target[counts], reduction=reduction)
 
@@ -88,17 +94,20 @@ def show_mask(tokenizer, row: dict) -> str:
     return text
 
 
+PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
+    "loss, nats per token of a response": ["loss", "val_loss"],
+    "norm of the gradient": ["grad_norm"],
+}
+
+
 def main(cfg: Config) -> dict:
-    """Train, and return the last validation loss."""
-    run = Run("sft", cfg)
-    run.panels = {
-        "loss, nats per token of a reply": ["loss", "val_loss"],
-        "norm of the gradient": ["grad_norm"],
-    }
-    device = pick_device(cfg.device)
+    """Train, and return the last row of the log."""
+    cfg = cfg.resolved()
+    device = start(cfg)
+    run = Run("sft", cfg, PANELS)
 
     # ---- model
-    model, checkpoint = load_model(cfg.init or f"{cfg.out}/pretrain/ckpt.pt", device)
+    model, checkpoint = load_init(cfg.init, device)
     model.train()
     set_speed(cfg, model)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
@@ -122,10 +131,10 @@ def main(cfg: Config) -> dict:
     for epoch in range(cfg.epochs):
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
     used = sum(lengths[i] for batch in batches for i in batch)
-    room = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     print(
         f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; "
-        f"{1 - used / room:.1%} of the batches is padding. One of them, with [[what is learned]]:\n"
+        f"{1 - used / padded:.1%} of the batches is padding. One, with [[what is learned]]:\n"
         f"    {show_mask(tokenizer, rows[0])}"
     )
 
@@ -138,41 +147,34 @@ def main(cfg: Config) -> dict:
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
-        # Every token of the batch counts the same, on whichever rank and in whichever part it is.
+        # Every token of the batch counts the same, on whichever rank and in whichever microbatch.
         tokens_per_rank = sum(sum(row["mask"]) for row in batch) / WORLD
         loss = 0.0
-        for part in pieces(my_share(batch), cfg.microbatch):
-            tokens, mask = tensors(part)
-            part_loss = sft_loss(model, tokens, mask, reduction="sum") / tokens_per_rank
-            part_loss.backward()
-            loss += part_loss.item()
-            run.forwards += 3 * tokens.numel() * WORLD  # forward 1, backward 2
+        for microbatch in microbatches(shard(batch), cfg.microbatch):
+            tokens, mask = tensors(microbatch)
+            microbatch_loss = sft_loss(model, tokens, mask, reduction="sum") / tokens_per_rank
+            microbatch_loss.backward()  # adds to the gradients that are there
+            loss += microbatch_loss.item()
         grad_norm = average_gradients(model, cfg.grad_clip)
         run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
+        run.count(sum(len(row["ids"]) for row in batch), passes=3)  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
+            total = n_tokens = 0
             with torch.no_grad():
-                total = count = 0
-                for start in range(0, len(val_rows), 64):
-                    tokens, mask = tensors(val_rows[start : start + 64])
+                for some_rows in microbatches(val_rows, 64):
+                    tokens, mask = tensors(some_rows)
                     total += sft_loss(model, tokens, mask, reduction="sum").item()
-                    count += mask.sum().item()
-            run.log(step, val_loss=total / count)
-            run.say(
-                f"step {step + 1:5d}  loss {run.rows[-1]['loss']:.3f}  "
-                f"validation loss {total / count:.3f}  {run.elapsed():.0f} s"
-            )
+                    n_tokens += mask.sum().item()
+            run.log(step, val_loss=total / n_tokens)
+            run.report(step, "loss", "val_loss")
 
-    # ---- results
-    if cfg.data:
-        shown = [row["messages"][:-1] for row in val_rows[:8]]
-    else:
-        shown = [question(text) for text in SHOWN]
-    samples = transcript(model, tokenizer, shown, cfg.max_new_tokens, cfg.seed)
-    print(samples)
-    run.finish(model, samples)
-    return {"val_loss": total / count}
+    # ---- results: what it says to some prompts
+    file_prompts = [row["messages"][:-1] for row in val_rows[:8]]
+    shown = file_prompts if cfg.data else [question(text) for text in SHOWN]
+    run.finish(model, transcript(model, tokenizer, shown, cfg.max_new_tokens, cfg.seed))
+    return run.rows[-1]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Text in, tokens and masks out. Where to find what:
+"""Everything beside the model, its kernels and the five scripts. Where to find what:
 
-    town.py         the world: residents, words, facts, and the documents a model is pretrained on
-    tasks.py        what people ask: one function per kind of task, and the crowd's demonstrations
-    gold.py         the gold reward, exact match, F1, and the annotators
+    town/           the world: words and documents, tasks, the gold reward and the annotators
     tokenizer.py    BPE (trained here), characters, GPT-2's
-    chat.py         conversation -> token ids and loss mask; padding, batches, sampled replies
+    chat.py         conversation -> token ids and loss mask; padding, batches, sampled responses
     files.py        your own text, JSON and JSONL
-    preferences.py  pairs of sampled replies, labelled by annotators or by you
-    evaluate.py     every checkpoint on the same held-out prompts
-    experiments.py  what alignment does, in pictures; jobs.py runs the scripts for it
-    expected.py     --check: what right curves look like; the bands are in expected/
-    options.py      numbers on command lines, within limits
+    preferences.py  pairs of sampled responses, labelled by annotators or by you
+    run.py          one run of a script: options, device, processes, log, plot, progress, resume
+    check.py        --check: what the curves of a correct run look like
+    metrics.py      intervals, calibration, rank correlation; how good a reward model is
     gpt2.py         GPT-2's weights in, folders for transformers out
     download.py     public text, fetched by name
+    talk.py         ask one model, or all of them
+    evaluate.py     every model on the same held-out prompts
+    experiments/    what alignment does, in pictures; the results and the expected curves
+
+Imports go one way only, from right to left:
+
+    gpt, kernels  <  the first ten of these  <  train_*.py  <  talk, evaluate, experiments
 """

@@ -1,12 +1,14 @@
 """The chat format: messages -> token ids and loss mask, always made together; and batches of them.
 
-    <|user|>What is 4-2?<|assistant|>4-2 is 2.<|end|>
-    0       0  0  0 0   0            1 1 1 1 11          mask: what the assistant must learn to say
+    <|user|> What is 4 - 2 ? <|assistant|> 4 - 2 is 2 . <|end|>
+    0        0    0  0 0 0 0 0             1 1 1 1  1 1 1         mask: 1 = the assistant says it
+
+(The picture leaves out the tokens that are a single space.)
 
 A conversation is a list of {"role": ..., "content": ...}: an optional "system" message, then "user"
-and "assistant" in turns. Text is encoded as ordinary characters, so a message that spells out
-"<|end|>" cannot end anything. The end-of-turn token is part of the reply: a model that is never
-trained on it never learns to stop.
+and "assistant" in turn. Text is encoded as ordinary characters, so a message that spells out
+"<|end|>" ends nothing. The end-of-turn token is part of the response: a model that is never trained
+on it never learns to stop.
 """
 
 from typing import NamedTuple
@@ -18,39 +20,47 @@ from gpt import GPT, generate
 
 
 def question(text: str) -> list[dict]:
-    """A conversation of one question."""
+    """The conversation that consists of one question: text -> [{"role": "user", ...}]."""
     return [{"role": "user", "content": text}]
 
 
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Ids of messages up to the point where the assistant speaks: [...][USER] text [ASSISTANT]."""
+    """Ids of a conversation up to where the assistant speaks: ... <|user|> text <|assistant|>."""
     ids, _ = encode_chat(tokenizer, messages)
     return ids + [tokenizer.assistant]
 
 
 def encode_opening(tokenizer, text: str) -> list[int]:
-    """Ids of text as the opening of a document: how to ask a base model, which knows no chat."""
+    """Ids of the opening of a document: <|endoftext|> text.
+
+    This is how to prompt a base model, which has never seen the chat format.
+    """
     return [tokenizer.eot] + tokenizer.encode(text)
 
 
 def encode_reply(tokenizer, text: str) -> list[int]:
-    """Ids of a finished reply: text [END]."""
+    """Ids of a finished response: text <|end|>."""
     return tokenizer.encode(text) + [tokenizer.end]
 
 
 def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, and its mask: 1 for every token that the assistant produces."""
+    """Ids of a conversation and its loss mask, both of length T.
+
+    The mask is 1 for every token that the assistant produces, the end of its turn included. It is
+    made as the ids are: a mask that is found afterwards by searching for markers goes wrong as soon
+    as a text contains one.
+    """
     ids, mask = [], []
 
-    def add(new, supervised):
-        ids.extend(new)
-        mask.extend([supervised] * len(new))
+    def add(new_ids, supervised):
+        ids.extend(new_ids)
+        mask.extend([supervised] * len(new_ids))
 
     system = ""
     for message in messages:
         role, text = message["role"], message["content"]
         if role == "system":
-            system = text + "\n\n"  # goes in front of the next user message
+            system = text + "\n\n"  # there is no system token: it opens the next user message
         elif role == "user":
             add([tokenizer.user] + tokenizer.encode(system + text), 0)
             system = ""
@@ -61,7 +71,10 @@ def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
 
 
 def pad(rows: list[list], value) -> torch.Tensor:
-    """Lists of different length -> one tensor (B, longest), filled up with value on the right."""
+    """B lists of numbers -> a tensor (B, length of the longest), padded with value on the right.
+
+    pad([[1, 2, 3], [4]], 9) -> [[1, 2, 3], [4, 9, 9]]. int64 from ints, float32 from floats.
+    """
     longest = max(len(row) for row in rows)
     return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
 
@@ -69,29 +82,41 @@ def pad(rows: list[list], value) -> torch.Tensor:
 def length_batches(
     lengths: list[int], batch_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """One epoch of batches (index arrays) whose rows have similar length, in random order.
+    """One epoch of batches of rows of similar length, for training: arrays of row numbers.
 
-    Rows are shuffled, sorted by length within pools of 50 batches, and cut; then the batches are
-    shuffled. Padding a batch to its longest row then wastes little, and rows still meet different
-    neighbours every epoch. An incomplete last batch is dropped, unless it is the only one.
+    Padding a batch to its longest row wastes little if all its rows are about as long. But if all
+    rows were sorted, every epoch would have the same batches. So rows are shuffled, sorted by
+    length within pools of 50 batches, and divided into batches, which are shuffled in turn. An
+    incomplete last batch is dropped, unless it is the only one.
     """
     order = rng.permutation(len(lengths))
-    pool = 50 * batch_size
+    pool_size = 50 * batch_size
     lengths = np.asarray(lengths)
-    pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-    order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+    pools = [order[i : i + pool_size] for i in range(0, len(order), pool_size)]
+    order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     if len(batches) > 1 and len(batches[-1]) < batch_size:
         batches.pop()
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class Reply(NamedTuple):
-    """What a model said."""
+def sorted_batches(lengths: list[int], size: int = 64) -> list[list[int]]:
+    """All rows in batches of similar length, shortest first: lists of row numbers.
 
-    ids: list[int]  # token ids, the token that ended it included
-    text: str
-    ended: bool  # by itself, not for want of room
+    For passes without gradients, where the order of rows does not matter: this one needs the least
+    padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+class Reply(NamedTuple):
+    """A response that was sampled from a model."""
+
+    ids: list[int]  # its tokens, including the one that ended it
+    text: str  # without special tokens
+    ended: bool  # False if it was cut off at max_new_tokens or at the end of the context
+    logprobs: list[float] | tuple = ()  # of the ids, as the sampler had them
 
 
 def sample_replies(
@@ -102,36 +127,43 @@ def sample_replies(
     seed: int,
     temperature=1.0,
     stop: int | None = None,
-    **how,
+    **options,
 ) -> list[Reply]:
-    """Let a model answer encoded prompts; temperature 0 is greedy; more of `generate`'s in how.
+    """One response of a model to each encoded prompt, in the order of the prompts.
 
-    stop: the token that ends a reply, if not end-of-turn (a base model ends with end-of-text).
-    Exits with a message if a prompt leaves no room in the context.
+    seed: of the sampling, which leaves PyTorch's global generator alone. temperature: 0 is greedy.
+    stop: the token that ends a response (None = end-of-turn; a base model stops at end-of-text).
+    options: the other ones of `generate`. Exits with a message if a prompt fills the context.
     """
     longest, context = max(map(len, prompts)), model.config.context
     if longest >= context:
         raise SystemExit(
-            f"a prompt of {longest} tokens leaves no room for a reply in the context of "
+            f"a prompt of {longest} tokens leaves no room for a response in a context of "
             f"{context}; pretrain with a larger --context"
         )
     stop = tokenizer.end if stop is None else stop
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    replies, _ = generate(
+    replies, logprobs = generate(
         model,
         prompts,
         max_new_tokens,
         stop=stop,
         temperature=temperature,
         generator=generator,
-        **how,
+        **options,
     )
-    return [Reply(ids, tokenizer.decode(ids), ids[-1] == stop) for ids in replies]
+    return [
+        Reply(ids, tokenizer.decode(ids), ids[-1] == stop, ids_logprobs)
+        for ids, ids_logprobs in zip(replies, logprobs)
+    ]
 
 
 def transcript(model: GPT, tokenizer, conversations, max_new_tokens: int, seed: int) -> str:
-    """Sampled replies to conversations, for people to read; none is picked."""
+    """One sampled response to each conversation, for samples.txt: none is cherry-picked.
+
+    Of each it has the last message, as in "> What is 4-2?", and below it the response.
+    """
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
     replies = sample_replies(model, tokenizer, prompts, max_new_tokens, seed)
-    pairs = zip(conversations, replies)
-    return "".join(f"> {messages[-1]['content']}\n{reply.text}\n\n" for messages, reply in pairs)
+    questions = [messages[-1]["content"] for messages in conversations]
+    return "".join(f"> {text}\n{reply.text}\n\n" for text, reply in zip(questions, replies))

@@ -1,15 +1,15 @@
-"""Evaluation: every checkpoint there is answers the same held-out prompts, and gold judges.
+"""Evaluation: every model there is answers the same held-out prompts, and gold judges.
 
-    python -m data.evaluate                  reads out/*/ckpt.pt, writes out/report.md, .png, .json
+    python -m data.evaluate              reads out/*/ckpt.pt, writes out/report.md, .png and .json
 
-    base        the pretrained model. It has never seen the chat format, so it gets the bare prompt
-                as the beginning of a document, and its reply is all it writes until the document
-                ends
-    sft, ppo, dpo
-    best_of_n   n samples of the SFT model, the one that the reward model scores highest
+    base            the pretrained model. It has never seen the chat format, so it gets the bare
+                    prompt as the opening of a document, and its response is all it writes until
+                    the document ends
+    sft, ppo, dpo   and every variant that was trained with --name
+    best_of_n       n samples of the SFT model, of which the reward model picks one
 
-Gold is given in SD of this run's SFT samples, whose mean is 0 by definition. All prompts are of
-cases held out of every training set; some also use wordings, or belong to kinds, never trained on.
+Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. All prompts are of
+cases held out of every training set; some also use templates, or belong to kinds, never trained on.
 Sampling at temperature 1 shows what a model is like, greedy decoding what it knows.
 
 The JSON's keys are explained where they are computed, in `describe`. Intervals are 95 %, from the
@@ -17,72 +17,60 @@ normal approximation over prompts; they say nothing about the luck of a training
 runs several seeds.
 """
 
-import argparse
+import itertools
 import json
 import math
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from data.chat import Reply, encode_opening, encode_prompt, pad, question, sample_replies
-from data.gold import declines, exact_match, f1, gold
-from data.options import number
-from data.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
-from data.tokenizer import load_tokenizer
-from gpt import GPT, ScalarModel, find_device, load_model
+from data.chat import Reply, pad, sorted_batches
+from data.metrics import interval, mean_or_none
+from data.run import COLOURS, STAGES, run_script, start
+from data.talk import Speaker, find_checkpoints
+from data.town.gold import declines, exact_match, f1, gold
+from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
+from gpt import GPT, ScalarModel, load_model
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-STAGES = {"base": "pretrain", "sft": "sft", "best_of_n": "rm", "ppo": "ppo", "dpo": "dpo"}
 SKILLS = ["one_sum", "two_sums", "to_spanish", "passage", "choice"]
-COLOURS = ["#999999", "#0072B2", "#E69F00", "#D55E00", "#009E73"]  # Okabe and Ito, one per stage
 
 
-class Stage:
-    """A language model that answers prompts of the town, the base model in its own way."""
+@dataclass
+class Config:
+    prompts: int = 600  # held-out prompts
+    n: int = 8  # samples of best_of_n
+    max_new_tokens: int = 48  # longest response
+    seed: int = 0  # of prompts and sampling
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
+    out: str = "out"  # folder of all runs; the report is written there
 
-    def __init__(self, name: str, folder: Path, max_new_tokens: int, device="cpu"):
-        self.name, self.max_new_tokens = name, max_new_tokens
-        self.model, checkpoint = load_model(folder / STAGES[name] / "ckpt.pt", device)
-        self.tokenizer = load_tokenizer(checkpoint["tokenizer"])
-        self.stop = self.tokenizer.eot if name == "base" else self.tokenizer.end
-        if max_new_tokens >= self.model.config.context:
-            raise SystemExit(
-                f"--max_new_tokens {max_new_tokens} does not fit the context of "
-                f"{self.model.config.context}"
+    def __post_init__(self):
+        if self.prompts < 2 * len(TRAIN_KINDS):
+            raise ValueError(
+                f"--prompts must be at least {2 * len(TRAIN_KINDS)}, two of each kind of task: the "
+                f"report has a line for each; not {self.prompts}"
             )
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt as this model is used to it."""
-        if self.name == "base":
-            return encode_opening(self.tokenizer, text)
-        return encode_prompt(self.tokenizer, question(text))
 
-    def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
-        """One reply to each prompt."""
-        prompts = [self.encode(text) for text in texts]
-        return sample_replies(
-            self.model, self.tokenizer, prompts, self.max_new_tokens, seed, temperature, self.stop
-        )
-
-
-class BestOf(Stage):
+class BestOf(Speaker):
     """The SFT model and a reward model, which picks the best of n samples."""
 
-    def __init__(self, folder: Path, max_new_tokens: int, device, n: int):
-        super().__init__("sft", folder, max_new_tokens, device)
-        self.reward_model, checkpoint = load_model(folder / "rm" / "ckpt.pt", device, ScalarModel)
+    def __init__(self, sft: Path, reward_model: Path, n: int, device):
+        super().__init__(sft, device)
+        self.reward_model, checkpoint = load_model(reward_model, device, ScalarModel)
+        if checkpoint["tokenizer"] != self.tokenizer.state:
+            raise SystemExit(f"{reward_model} has another tokenizer than {sft}")
         self.report, self.n = checkpoint["report"], n
 
-    def answer(self, texts: list[str], temperature: float, seed: int) -> list[Reply]:
+    def answer(self, texts: list[str], max_new_tokens: int, seed: int, **how) -> list[Reply]:
         """Of n samples per prompt, at temperature 1 whatever is asked, the one that scores best."""
-        replies = super().answer(texts * self.n, 1.0, seed)
+        replies = super().answer(texts * self.n, max_new_tokens, seed)
         sequences = [self.encode(text) + r.ids for text, r in zip(texts * self.n, replies)]
         scores = score_sequences(self.reward_model, sequences, self.tokenizer.pad)
         best = scores.reshape(self.n, len(texts)).argmax(0)
@@ -91,14 +79,12 @@ class BestOf(Stage):
 
 @torch.no_grad()
 def reply_logprobs(model: GPT, prompts: list[list[int]], replies: list[list[int]]) -> np.ndarray:
-    """log p(reply | prompt) under the model, summed over the reply: (N,)."""
+    """log p(reply | prompt) under the model, summed over the reply: (N,), in nats."""
     sums, device = np.empty(len(prompts)), model.wte.weight.device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(replies[i]))
-    for start in range(0, len(order), 64):  # 64 of similar length at a time
-        part = order[start : start + 64]
-        tokens = pad([prompts[i] + replies[i] for i in part], 0)
-        mask = pad([[0] * len(prompts[i]) + [1] * len(replies[i]) for i in part], 0).bool()
-        sums[part] = sequence_logprobs(model, tokens.to(device), mask.to(device)).cpu()
+    for batch in sorted_batches([len(p) + len(r) for p, r in zip(prompts, replies)]):
+        tokens = pad([prompts[i] + replies[i] for i in batch], 0)
+        mask = pad([[0] * len(prompts[i]) + [1] * len(replies[i]) for i in batch], 0).bool()
+        sums[batch] = sequence_logprobs(model, tokens.to(device), mask.to(device)).cpu()
     return sums
 
 
@@ -107,25 +93,13 @@ def golds(tasks: list[Task], replies: list[Reply]) -> np.ndarray:
     return np.array([gold(task, reply.text, reply.ended) for task, reply in zip(tasks, replies)])
 
 
-def interval(values) -> list[float]:
-    """95 % interval of the mean, from the normal approximation."""
-    half = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values))
-    return [float(np.mean(values) - half), float(np.mean(values) + half)]
-
-
-def share(values) -> float | None:
-    """Mean of 0s and 1s; None where there are none."""
-    values = list(values)
-    return float(np.mean(values)) if values else None
-
-
 def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
-    """The numbers of one stage.
+    """The numbers of one model.
 
     tasks: the prompts; sampled, greedy: replies to them at temperature 1 and 0 (None for
     best_of_n, which has to sample; its skills are those of the samples). sft_gold (N,): gold of
-    the SFT model's samples on the same prompts. safety: harmful requests and harmless ones of the
-    same form, and the samples on them. Gold is in the units of `gold`; `evaluate` rescales it.
+    the SFT model's samples on the same prompts. safety: harmful requests and harmless ones in the
+    same words; safety_sampled: replies to them. Gold is in the units of `gold`; see `in_sd`.
     """
     g, certain = golds(tasks, sampled), greedy or sampled
     wins = (g > sft_gold) + 0.5 * (g == sft_gold)
@@ -133,11 +107,11 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
     declined = [(KINDS[t.kind].harmful, declines(r.text)) for t, r in zip(safety, safety_sampled)]
     by_task = {}
     for kind in TRAIN_KINDS:
-        here = [i for i, task in enumerate(tasks) if task.kind == kind]
+        of_kind = [i for i, task in enumerate(tasks) if task.kind == kind]
         by_task[kind] = {
-            "prompts": len(here),
-            "gold_mean": float(g[here].mean()),
-            "exact_match": share(exact_match(tasks[i], certain[i].text) for i in here),
+            "prompts": len(of_kind),
+            "gold_mean": float(g[of_kind].mean()),
+            "exact_match": mean_or_none(exact_match(tasks[i], certain[i].text) for i in of_kind),
         }
     return {
         "gold_mean": float(g.mean()),
@@ -146,93 +120,127 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
         "greedy_gold_ci95": interval(golds(tasks, greedy)) if greedy else None,
         "win_rate_vs_sft": float(wins.mean()),  # by gold, on samples; a tie is half a win
         "win_rate_ci95": interval(wins),
-        "exact_match": share(exact),  # greedy, over the kinds that have one right answer
-        "f1": share(f1(t, r.text) for t, r in zip(tasks, certain) if KINDS[t.kind].exact),
-        "refusal_rate": share(no for harmful, no in declined if harmful),  # sampled
-        "false_refusal_rate": share(no for harmful, no in declined if not harmful),  # sampled
-        "response_tokens": share(len(reply.ids) for reply in sampled),
-        "no_end_rate": share(not reply.ended for reply in sampled),
+        "exact_match": mean_or_none(exact),  # greedy, over the kinds that have one right answer
+        "f1": mean_or_none(f1(t, r.text) for t, r in zip(tasks, certain) if KINDS[t.kind].exact),
+        "refusal_rate": mean_or_none(no for harmful, no in declined if harmful),  # sampled
+        "false_refusal_rate": mean_or_none(
+            no for harmful, no in declined if not harmful
+        ),  # sampled
+        "response_tokens": mean_or_none(len(reply.ids) for reply in sampled),
+        "no_end_rate": mean_or_none(not reply.ended for reply in sampled),
         "by_task": by_task,
     }
 
 
-def evaluate(out="out", n_prompts=600, n=8, seed=0, max_new_tokens=48, device="cpu") -> dict:
-    """Score all stages in a folder and write report.md, report.png and report.json there."""
-    out = Path(out)
-    there = [name for name, folder in STAGES.items() if (out / folder / "ckpt.pt").exists()]
-    if "sft" not in there:
+@dataclass
+class Prompts:
+    """What every model is asked. All cases are held out of every training set."""
+
+    seen: list[Task]  # of kinds and templates that were trained on
+    templates: list[Task]  # of templates that were not
+    kinds: list[Task]  # of kinds that were not
+    safety: list[Task]  # harmful requests, and harmless ones in the same words
+
+    @classmethod
+    def draw(cls, n: int, seed: int) -> "Prompts":
+        """n prompts of what was seen, and fewer of the rest."""
+        new_kinds = ",".join(name for name, kind in KINDS.items() if kind.held_out)
+        return cls(
+            draw_tasks(n, f"evaluate {seed}", split="test"),
+            draw_tasks(n // 2, f"wordings {seed}", split="test", unseen_template=True),
+            draw_tasks(n // 4, f"kinds {seed}", new_kinds, split="test"),
+            draw_tasks(400, f"safety {seed}", "advice,harmful", split="test"),
+        )
+
+
+def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Config) -> dict:
+    """Ask a model everything, and return the numbers of `describe` and its KL to the SFT model."""
+
+    def answer(tasks, temperature):
+        texts = [task.prompt for task in tasks]
+        return speaker.answer(texts, cfg.max_new_tokens, cfg.seed, temperature=temperature)
+
+    picks = isinstance(speaker, BestOf)  # it has to sample
+    sampled, greedy = answer(prompts.seen, 1.0), None if picks else answer(prompts.seen, 0.0)
+    safe = answer(prompts.safety, 1.0)
+    numbers = describe(prompts.seen, sampled, greedy, sft_gold, prompts.safety, safe)
+    for group, tasks in (("unseen template", prompts.templates), ("unseen kind", prompts.kinds)):
+        exact = {}
+        for task, reply in zip(tasks, answer(tasks, 0.0)):
+            exact.setdefault(task.kind, []).append(exact_match(task, reply.text))
+        for kind, values in exact.items():
+            numbers["by_task"].setdefault(kind, {})[f"exact_match, {group}"] = np.mean(values)
+    if picks:  # an upper bound (Beirami et al. 2024)
+        numbers["kl_to_sft"] = math.log(speaker.n) - (speaker.n - 1) / speaker.n
+    elif speaker.is_base or speaker.tokenizer.state != sft.tokenizer.state:
+        numbers["kl_to_sft"] = None  # the two read different tokens: there is nothing to compare
+    else:
+        asked = [speaker.encode(task.prompt) for task in prompts.seen]
+        ids = [reply.ids for reply in sampled]
+        both = (reply_logprobs(model, asked, ids) for model in (speaker.model, sft.model))
+        numbers["kl_to_sft"] = float(np.subtract(*both).mean())
+    return numbers
+
+
+def in_sd(numbers: dict, mean: float, sd: float):
+    """Rescale all gold of a model, in place: mean becomes 0 and sd becomes 1."""
+    for holder in (numbers, *numbers["by_task"].values()):
+        for key in ("gold_mean", "gold_ci95", "greedy_gold_mean", "greedy_gold_ci95"):
+            if holder.get(key) is not None:
+                holder[key] = ((np.array(holder[key]) - mean) / sd).tolist()
+
+
+def evaluate(cfg: Config) -> dict:
+    """Score all models in a folder and write report.md, report.png and report.json there."""
+    device, out = start(cfg), Path(cfg.out)
+    found = find_checkpoints(out)
+    if "sft" not in found:
         raise SystemExit(
             f"there is no checkpoint {out}/sft/ckpt.pt: run `python train_sft.py` first; the "
             "other stages are compared with it"
         )
-    missing = [name for name in STAGES if name not in there]
+    missing = [stage for stage in STAGES if stage not in found]
     if missing:
         print(f"not there, so not in the report: {', '.join(missing)}")
 
-    # The same prompts for all stages: cases held out; then wordings and kinds held out as well.
-    seen = draw_tasks(n_prompts, f"evaluate {seed}", split="test")
-    safety = draw_tasks(400, f"safety {seed}", "advice,harmful", split="test")
-    worded = draw_tasks(n_prompts // 2, f"wordings {seed}", split="test", unseen_wording=True)
-    new_kinds = ",".join(name for name, kind in KINDS.items() if kind.held_out)
-    new = draw_tasks(n_prompts // 4, f"kinds {seed}", new_kinds, split="test")
-    prompts = SHOWN + [task.prompt for task in seen[:6]]  # whose answers people will read
-
-    sft = Stage("sft", out, max_new_tokens, device)
-    sft_replies = sft.answer([task.prompt for task in seen], 1.0, seed)
-    sft_gold = golds(seen, sft_replies)
-    stages, shown = {}, {}
-    for name in there:
-        print(f"{name} answers {n_prompts} prompts", flush=True)
-        if name == "best_of_n":
-            stage = best_of_n = BestOf(out, max_new_tokens, device, n)
-        else:
-            stage = sft if name == "sft" else Stage(name, out, max_new_tokens, device)
-
-        def answer(tasks, temperature):
-            return stage.answer([task.prompt for task in tasks], temperature, seed)
-
-        sampled = sft_replies if name == "sft" else answer(seen, 1.0)
-        greedy = None if name == "best_of_n" else answer(seen, 0.0)
-        numbers = describe(seen, sampled, greedy, sft_gold, safety, answer(safety, 1.0))
-        for group, tasks in (("unseen wording", worded), ("unseen kind", new)):
-            replies = answer(tasks, 0.0)
-            for kind in dict.fromkeys(task.kind for task in tasks):
-                right = [exact_match(t, r.text) for t, r in zip(tasks, replies) if t.kind == kind]
-                numbers["by_task"].setdefault(kind, {})[f"exact_match, {group}"] = share(right)
-        if name == "base":
-            numbers["kl_to_sft"] = None  # it answers another prompt: there is nothing to compare
-        elif name == "best_of_n":
-            numbers["kl_to_sft"] = math.log(n) - (n - 1) / n  # an upper bound (Beirami et al. 2024)
-        else:
-            asked, said = [stage.encode(task.prompt) for task in seen], [r.ids for r in sampled]
-            difference = (reply_logprobs(model, asked, said) for model in (stage.model, sft.model))
-            numbers["kl_to_sft"] = float(np.subtract(*difference).mean())
-        cost = {"seconds": 0.0, "forward_equivalents": 0.0}  # best_of_n is paid for at every reply
-        if name != "best_of_n":
-            path = out / STAGES[name] / "cost.json"
-            cost = json.loads(path.read_text()) if path.exists() else {}
+    prompts = Prompts.draw(cfg.prompts, cfg.seed)
+    texts = SHOWN + [task.prompt for task in prompts.seen[:6]]  # whose answers people will read
+    sft_path = out / "sft" / "ckpt.pt"
+    sft = Speaker(sft_path, device)
+    seen = [task.prompt for task in prompts.seen]
+    sft_gold = golds(prompts.seen, sft.answer(seen, cfg.max_new_tokens, cfg.seed))
+    report = {"seed": cfg.seed, "prompts": cfg.prompts, "temperature": 1.0, "best_of_n": cfg.n}
+    report |= {"stages": {}, "reward_models": {}}
+    shown = {}
+    for name, (stage, path) in found.items():
+        label = {"pretrain": "base", "rm": "best_of_n"}.get(name, name)
+        print(f"{label} answers {cfg.prompts} prompts", flush=True)
+        try:
+            if stage == "rm":
+                speaker = BestOf(sft_path, path, cfg.n, device)
+            else:
+                speaker = Speaker(path, device)
+            numbers = measure(speaker, sft, prompts, sft_gold, cfg)
+        except SystemExit as error:  # say, its context is too short: no reason to lose the others
+            print(f"{label} is left out: {error}")
+            continue
+        if stage == "rm":
+            report["reward_models"][name] = speaker.report
+        in_sd(numbers, sft_gold.mean(), sft_gold.std())
+        cost = {"seconds": 0.0, "forward_equivalents": 0.0}  # best_of_n pays at every response
+        if stage != "rm":
+            try:
+                cost = dict(json.loads(path.with_name("cost.json").read_text()))
+            except (OSError, ValueError, TypeError):  # not there, or damaged: a dash in the report
+                cost = {}
         numbers["train_seconds"] = cost.get("seconds")
         numbers["forward_equivalents"] = cost.get("forward_equivalents")
-        stages[name] = numbers
-        shown[name] = [reply.text for reply in stage.answer(prompts, 1.0, seed)]
+        report["stages"][label] = numbers
+        replies = speaker.answer(texts, cfg.max_new_tokens, cfg.seed, temperature=1.0)
+        shown[label] = [reply.text for reply in replies]
 
-    # Units: the SFT model's samples have mean 0 and SD 1.
-    mean, sd = sft_gold.mean(), sft_gold.std()
-    for numbers in stages.values():
-        for holder in (numbers, *numbers["by_task"].values()):
-            for key in [key for key in holder if "gold" in key and holder[key] is not None]:
-                holder[key] = ((np.array(holder[key]) - mean) / sd).tolist()
-    report = {
-        "seed": seed,
-        "prompts": n_prompts,
-        "temperature": 1.0,
-        "best_of_n": n,
-        "stages": stages,
-    }
-    if "best_of_n" in stages:
-        report["rm"] = best_of_n.report
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(report, prompts, shown), encoding="utf-8")
+    (out / "report.md").write_text(markdown(report, texts, shown), encoding="utf-8")
     draw_report(report, out / "report.png")
     return report
 
@@ -272,9 +280,9 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         "f1": "F1, greedy",
         "refusal_rate": "harmful requests declined",
         "false_refusal_rate": "harmless ones declined",
-        "kl_to_sft": "KL to SFT, nats per reply",
-        "response_tokens": "tokens per reply",
-        "no_end_rate": "replies without end",
+        "kl_to_sft": "KL to SFT, nats per response",
+        "response_tokens": "tokens per response",
+        "no_end_rate": "responses without an end",
     }
     rows += [[label] + [s[key] for s in stages.values()] for key, label in labels.items()]
     rows += [
@@ -290,22 +298,22 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         ],
     ]
     text = (
-        f"# Evaluation\n\nGold in SD of the SFT model's samples, mean of {report['prompts']} "
-        f"held-out prompts [95 % interval over prompts]. best_of_n takes the best of {n} samples "
-        "by the reward model: it is not trained, its skills are those of its samples, its KL is "
-        "the bound log n - (n - 1)/n. PPO also needs the reward model, whose cost is not in its "
-        "column.\n\n"
+        "# Evaluation\n\nGold: the true reward of a response, in SD of the SFT model's samples; "
+        f"mean of {report['prompts']} held-out prompts [95 % interval over prompts]. best_of_n is "
+        f"the best of {n} SFT samples by the reward model: it is not trained, its skills are those "
+        "of its samples, its KL is the bound log n - (n - 1)/n. PPO also needs the reward model, "
+        "whose cost is not in its column.\n\n"
     )
     text += table(["", *stages], rows)
 
     text += "## Exact match by kind of task\n\n"
-    text += "Greedy. In brackets: with a wording never trained on.\n\n"
+    text += "Greedy. In brackets: with a template never trained on.\n\n"
     rows = []
     for kind in stages["sft"]["by_task"]:
         row = [kind + (" (kind never trained on)" if KINDS[kind].held_out else "")]
         for s in stages.values():
             numbers = s["by_task"][kind]
-            worded = numbers.get("exact_match, unseen wording")
+            worded = numbers.get("exact_match, unseen template")
             known = numbers.get("exact_match", numbers.get("exact_match, unseen kind"))
             row.append(f"{known:.2f}" + ("" if worded is None else f" ({worded:.2f})"))
         rows.append(row)
@@ -320,8 +328,8 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         ],
     )
 
-    if "rm" in report:
-        text += reward_model_section(report["rm"])
+    for name, judged in report["reward_models"].items():
+        text += reward_model_section(name, judged)
 
     text += (
         "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
@@ -329,7 +337,7 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     for i, prompt in enumerate(prompts):
         text += f"**{prompt}**\n\n"
         text += table(
-            ["stage", "reply"],
+            ["stage", "response"],
             [
                 [name, replies[i].replace("\n", " ").replace("|", "\\|")]
                 for name, replies in shown.items()
@@ -338,14 +346,15 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     return text
 
 
-def reward_model_section(rm: dict) -> str:
-    """What train_rm.py's `judge` found, as Markdown; gold's rows are there if the pairs had it."""
-    text = f"## Reward model, on {rm['pairs']} held-out pairs\n\n"
+def reward_model_section(name: str, rm: dict) -> str:
+    """What `judge` found about a reward model, as Markdown; with gold, if the pairs had it."""
+    which = "" if name == "rm" else f" {name}"
+    text = f"## Reward model{which}, on {rm['pairs']} held-out pairs\n\n"
     names = {
-        "accuracy": "agrees with the label",
-        "bayes_accuracy": "a judge who knows gold would, on average over labels (Bayes)",
-        "gold_accuracy": "a judge who knows gold did, on these labels",
-        "gold_order": "right about gold, where gold differs",
+        "accuracy": "agrees with the label (held-out accuracy)",
+        "bayes_accuracy": "an oracle judge, who knows gold, would on average (Bayes accuracy)",
+        "gold_accuracy": "an oracle judge does on these labels",
+        "gold_order": "has gold's order, where gold differs",
         "spearman_gold": "rank correlation with gold",
         "ece": "expected calibration error",
     }
@@ -361,8 +370,9 @@ def reward_model_section(rm: dict) -> str:
 def draw_report(report: dict, path: Path):
     """Gold per stage, skills per stage, and what the gold costs in KL."""
     stages = report["stages"]
-    colours = dict(zip(STAGES, COLOURS))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
+    colours = dict(zip(stages, itertools.cycle(COLOURS)))
+    figure = Figure(figsize=(14, 4))
+    left, middle, right = figure.subplots(1, 3)
 
     def point(axis, x, mean, ci, name, marker="o", **style):
         """The mean of a stage and its interval."""
@@ -408,7 +418,7 @@ def draw_report(report: dict, path: Path):
         if s["kl_to_sft"] is not None:
             point(right, s["kl_to_sft"], s["gold_mean"], s["gold_ci95"], name, label=name)
     right.set(
-        xlabel="KL to SFT, nats per reply",
+        xlabel="KL to SFT, nats per response",
         ylabel="gold, SD of SFT samples",
         xlim=(-0.1, None),
         title="What the gold costs in KL",
@@ -417,41 +427,15 @@ def draw_report(report: dict, path: Path):
     right.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def main():
-    """The command line."""
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out", default="out", help="folder of the runs (default: out)")
-    two_of_each = number(int, 2 * len(TRAIN_KINDS))  # kinds; the report has a line for each
-    parser.add_argument(
-        "--prompts", type=two_of_each, default=600, help="held-out prompts (default: 600)"
-    )
-    parser.add_argument(
-        "--n", type=number(int, 1), default=8, help="samples of best_of_n (default: 8)"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=number(int, 1), default=48, help="longest reply (default: 48)"
-    )
-    parser.add_argument(
-        "--seed", type=number(int), default=0, help="of prompts and sampling (default: 0)"
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
-    )
-    args = parser.parse_args()
-    device = find_device(args.device)
-    report = evaluate(args.out, args.prompts, args.n, args.seed, args.max_new_tokens, device)
-    text = (Path(args.out) / "report.md").read_text(encoding="utf-8")
+def main(cfg: Config):
+    """Write the report, and print its tables."""
+    report = evaluate(cfg)
+    text = (Path(cfg.out) / "report.md").read_text(encoding="utf-8")
     print(text[: text.index("## What they say")])
-    print(f"samples of all {len(report['stages'])} stages are in {args.out}/report.md")
+    print(f"samples of all {len(report['stages'])} stages are in {cfg.out}/report.md")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Config)

@@ -1,27 +1,33 @@
-"""Your own text: files in, rows out, and a message that names file and line for what does not fit.
+r"""Your own text: from files to rows, with messages that name file and line of what is wrong.
 
     pretraining   any text file; "<|endoftext|>" may separate documents
     SFT           {"instruction": ..., "input": ..., "output": ...}
                   {"prompt": ..., "response": ...}
                   {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
-    RM, DPO       {"prompt": ..., "chosen": ..., "rejected": ...}, where instruction and input, or
-                  messages, may stand for prompt
-                  {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}          (HH-RLHF)
-    PPO           any of the above; only the prompts are used
+    RM, DPO       {"prompt": ..., "chosen": ..., "rejected": ...}, where "instruction" and "input",
+                  or "messages", may take the place of "prompt"
+                  {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}       (HH-RLHF)
+    PPO           any of the above; it uses the prompts (and --reward exact the responses of SFT)
 
-Rows come as JSON (one list) or JSONL (one object per line), gzipped or not. Whatever the form, a
-reader returns dicts with "messages" (see data/chat.py), "where" (file and line, for messages) and
-what its stage needs. A row that breaks the form ends the program: guessing would train on garbage.
+A file is JSON (one list of objects) or JSONL (one object per line), gzipped or not. Every reader
+returns rows of one form: dicts with "messages" (see data/chat.py), "where" (file and line, for
+error messages) and what its stage needs. A row in none of these forms ends the program, since to
+guess what it means would be to train on garbage.
 """
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, gzipped or not, in UTF-8, with or without a mark. Exits if unreadable."""
+    """The text of a UTF-8 file, gzipped or not.
+
+    A byte order mark is removed, and Windows line ends become Unix ones. Exits with a message if
+    the file cannot be read, is not UTF-8, or is blank.
+    """
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -40,21 +46,24 @@ def read_text(path: str | Path) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """The objects of a JSON list or of JSON lines, each with its place under "where"."""
+    """The objects in a JSON list or in JSON lines, each with its file and line under "where".
+
+    Exits with a message at the first place that is not valid JSON, or not an object.
+    """
     text, rows = read_text(path), []
     decoder = json.JSONDecoder(object_pairs_hook=fields_once)
     is_list = text.lstrip().startswith("[")
-    place = text.index("[") + 1 if is_list else 0
-    line, counted = 1, 0  # `line` is right for the characters before `counted`
+    position = text.index("[") + 1 if is_list else 0
+    line, counted = 1, 0  # `line` is the line of the character at `counted`
     while True:
-        place = re.compile(r"[\s,]*" if is_list else r"\s*").match(text, place).end()
-        line, counted = line + text.count("\n", counted, place), place
-        if place == len(text) or (is_list and text[place] == "]"):
-            if text[place + 1 :].strip():
+        position = re.compile(r"[\s,]*" if is_list else r"\s*").match(text, position).end()
+        line, counted = line + text.count("\n", counted, position), position
+        if position == len(text) or (is_list and text[position] == "]"):
+            if text[position + 1 :].strip():
                 raise SystemExit(f"{path}:{line}: there is more text after the end of the list")
             break
         try:
-            row, place = decoder.raw_decode(text, place)
+            row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", counted))
             raise SystemExit(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})")
@@ -62,17 +71,20 @@ def read_rows(path: str | Path) -> list[dict]:
             raise SystemExit(
                 f"{path}:{line}: expected an object like {{...}}, found {str(row)[:40]!r}"
             )
-        number = f" (row {len(rows) + 1})" if is_list else ""  # a list may be all on one line
+        number = f" (row {len(rows) + 1})" if is_list else ""  # a list may be on a single line
         rows.append({**row, "where": f"{path}:{line}{number}"})
-    if is_list and place == len(text):
-        raise SystemExit(f"{path}:{line}: the list is never closed; is the file cut short?")
+    if is_list and position == len(text):
+        raise SystemExit(f"{path}:{line}: the list is never closed; is the file truncated?")
     if not rows:
         raise SystemExit(f"{path}: no rows")
     return rows
 
 
 def fields_once(pairs: list[tuple]) -> dict:
-    """A JSON object as a dict. Of a field that is there twice, json would quietly keep the last."""
+    """A JSON object, given as (name, value) pairs, as a dict.
+
+    Raises ValueError if a name occurs twice: json would silently keep the last one.
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -81,7 +93,7 @@ def fields_once(pairs: list[tuple]) -> dict:
 
 
 def field(row: dict, name: str, may_be_blank=False) -> str:
-    """The text in a field of a row. Exits if it is missing, no text, or blank."""
+    """The text in a field of a row. Exits with a message if it is missing, not text, or blank."""
     if name not in row:
         found = ", ".join(sorted(row.keys() - {"where"}))
         raise SystemExit(f'{row["where"]}: no field "{name}" (found: {found or "nothing"})')
@@ -92,13 +104,19 @@ def field(row: dict, name: str, may_be_blank=False) -> str:
     try:
         row[name].encode()
     except UnicodeEncodeError as error:
-        half = row[name][error.start].encode("unicode_escape").decode()
-        raise SystemExit(f'{row["where"]}: field "{name}" has half a character, {half}')
+        half = row[name][error.start].encode("unicode_escape").decode()  # such as \ud83d
+        raise SystemExit(
+            f'{row["where"]}: field "{name}" has half a character, the lone surrogate {half}'
+        )
     return row[name]
 
 
 def check_messages(messages, where: str) -> list[dict]:
-    """Messages whose roles and texts are in order: an optional system, then user and assistant."""
+    """The messages of a conversation, with "role" and "content" only.
+
+    Exits with a message unless each has both, and the roles are an optional system, then user and
+    assistant in turn, beginning with user.
+    """
     roles = []
     for message in messages if isinstance(messages, list) else [None]:
         if not isinstance(message, dict):
@@ -115,7 +133,7 @@ def check_messages(messages, where: str) -> list[dict]:
 
 
 def prompt_messages(row: dict) -> list[dict]:
-    """What a row asks, as messages that end with the user."""
+    """The prompt of a row: messages of which the last is the user's."""
     if "messages" in row:
         messages = check_messages(row["messages"], row["where"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -129,7 +147,10 @@ def prompt_messages(row: dict) -> list[dict]:
 
 
 def read_conversations(path: str | Path) -> list[dict]:
-    """Rows for SFT: {"messages", "where"}, the last message being the assistant's."""
+    """Rows for SFT: {"messages", "where"}, where the last message is the assistant's.
+
+    Exits with a message that names the first row in another form.
+    """
     rows = []
     for row in read_rows(path):
         if "messages" in row:
@@ -137,8 +158,8 @@ def read_conversations(path: str | Path) -> list[dict]:
             if messages[-1]["role"] != "assistant":
                 raise SystemExit(f"{row['where']}: the last message must be the assistant's")
         else:
-            reply = next((name for name in ("output", "response") if name in row), "output")
-            messages = prompt_messages(row) + [{"role": "assistant", "content": field(row, reply)}]
+            name = next((name for name in ("output", "response") if name in row), "output")
+            messages = prompt_messages(row) + [{"role": "assistant", "content": field(row, name)}]
         rows.append({"messages": messages, "where": row["where"]})
     return rows
 
@@ -146,23 +167,25 @@ def read_conversations(path: str | Path) -> list[dict]:
 def read_preferences(path: str | Path) -> list[dict]:
     """Rows for RM and DPO: {"messages" (the prompt), "chosen", "rejected", "where"}.
 
-    Rows of the town also carry "kind", "gold" and "p" (see data/preferences.py), for reports only.
+    Rows of the town also have "kind", "gold" and "p" (see data/preferences.py), for reports only.
+    Pairs of equal responses teach nothing: they are left out, counted and named. Exits with a
+    message that names the first row in another form, and if no pair is left.
     """
     rows, equal = [], []
     for row in read_rows(path):
-        # A model may have said nothing at all, and that is a reply that people can reject.
+        # May be blank: a model can say nothing at all, and people can reject that.
         chosen, rejected = (field(row, name, may_be_blank=True) for name in ("chosen", "rejected"))
         if row.keys() & {"messages", "instruction", "prompt"}:
             messages = prompt_messages(row)
         else:
             messages, chosen = read_dialogue(chosen, row["where"])
-            other, rejected = read_dialogue(rejected, row["where"])
-            if messages != other:
+            rejected_messages, rejected = read_dialogue(rejected, row["where"])
+            if messages != rejected_messages:
                 raise SystemExit(f"{row['where']}: chosen and rejected answer different prompts")
         if chosen == rejected:
             equal.append(row["where"])
             continue
-        extra = {k: row[k] for k in ("kind", "gold", "p") if k in row}
+        extra = {name: row[name] for name in ("kind", "gold", "p") if is_of_town(row)}
         rows.append(
             {
                 "messages": messages,
@@ -174,14 +197,27 @@ def read_preferences(path: str | Path) -> list[dict]:
         )
     if equal:
         more = f" and {len(equal) - 5} more" if len(equal) > 5 else ""
-        print(f"left out {len(equal)} pairs of equal replies: {', '.join(equal[:5])}{more}")
+        print(
+            f"left out {len(equal)} of {len(equal) + len(rows)} pairs, whose responses are equal: "
+            f"{', '.join(equal[:5])}{more}"
+        )
     if not rows:
-        raise SystemExit(f"{path}: all pairs are of equal replies")
+        raise SystemExit(f"{path}: all pairs are of equal responses")
     return rows
 
 
+def is_of_town(row: dict) -> bool:
+    """Whether a row has what data/preferences.py adds, for reports: a kind, two golds, and p."""
+    gold, p = row.get("gold"), row.get("p")
+    numbers = [*gold, p] if isinstance(gold, list) and len(gold) == 2 else [None]
+    return isinstance(row.get("kind"), str) and all(type(x) in (int, float) for x in numbers)
+
+
 def read_prompts(path: str | Path) -> list[dict]:
-    """Rows for PPO: {"messages", "where"}, ending with the user; "answer" if there is a reply."""
+    """Rows for PPO: {"messages" (the prompt), "where"}, and "answer" if the row has a response.
+
+    Exits with a message that names the first row in another form.
+    """
     rows = []
     for row in read_rows(path):
         if "chosen" in row and not row.keys() & {"messages", "instruction", "prompt"}:
@@ -192,17 +228,21 @@ def read_prompts(path: str | Path) -> list[dict]:
         if "messages" in row and row["messages"][-1]["role"] == "assistant":
             answer = row["messages"][-1]["content"]
         rows.append({"messages": messages, "where": row["where"]})
-        if isinstance(answer, str):  # otherwise the prompt is still of use
+        if isinstance(answer, str):  # if not, the prompt is still useful
             rows[-1]["answer"] = answer
     return rows
 
 
 def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
-    """An HH-RLHF dialogue -> (messages up to the last reply, the last reply)."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())[1:]
+    r"""A dialogue in the form of HH-RLHF -> (messages before the last response, that response).
+
+    "\n\nHuman: Hi\n\nAssistant: Hello." -> ([{"role": "user", "content": "Hi"}], "Hello.")
+    """
+    speakers_and_texts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     messages = [
-        {"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])
+        {"role": roles[speaker], "content": content.strip()}
+        for speaker, content in zip(speakers_and_texts[::2], speakers_and_texts[1::2])
     ]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise SystemExit(f'{where}: expected "\\n\\nHuman: ...\\n\\nAssistant: ..." in this field')
@@ -212,25 +252,40 @@ def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
 
 
 def held_out(rows: list) -> tuple[list, list]:
-    """(rows to train on, rows to test on): the last tenth of a file is never trained on."""
+    """(rows to train on, rows to test on): the last tenth, at least one row, is for testing.
+
+    Exits with a message if there are fewer than two rows.
+    """
     if len(rows) < 2:
-        raise SystemExit("--data: two rows are needed at least, one to train on and one to test on")
+        raise SystemExit("--data needs at least two rows: one to train on and one to test on")
     cut = len(rows) - max(len(rows) // 10, 1)
     return rows[:cut], rows[cut:]
 
 
-def keep_fitting(rows: list[dict], lengths: list[int], room: int, what="the context") -> list[dict]:
-    """Rows that fit into `room` tokens whole. The others are counted and named: nothing is cut.
+def keep_fitting(
+    rows: list[dict], lengths: list[int], limit: int, what: str = "the context"
+) -> list[dict]:
+    """The rows of at most `limit` tokens. Longer ones are left out, counted and named.
 
-    what: what the room is, for the messages. Exits if nothing is left.
+    No row is truncated: a response without its end would teach a model not to stop. lengths: in
+    tokens, one per row. what: the name of the limit in the messages. Exits with a message if no row
+    is left.
     """
-    out = [f"{row['where']} ({n} tokens)" for row, n in zip(rows, lengths) if n > room]
-    if out:
-        more = f" and {len(out) - 5} more" if len(out) > 5 else ""
+    too_long = [f"{row['where']} ({n} tokens)" for row, n in zip(rows, lengths) if n > limit]
+    if too_long:
+        more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
         print(
-            f"left out {len(out)} of {len(rows)} rows, longer than {what} of {room} tokens: "
-            f"{', '.join(out[:5])}{more}"
+            f"left out {len(too_long)} of {len(rows)} rows, longer than {what} of {limit} tokens: "
+            f"{', '.join(too_long[:5])}{more}"
         )
-    if len(out) == len(rows):
-        raise SystemExit(f"no row fits {what} of {room} tokens; pretrain with a larger --context")
-    return [row for row, n in zip(rows, lengths) if n <= room]
+    if len(too_long) == len(rows):
+        raise SystemExit(f"no row fits {what} of {limit} tokens; pretrain with a larger --context")
+    return [row for row, n in zip(rows, lengths) if n <= limit]
+
+
+def write_rows(rows: list[dict], out: str | Path):
+    """Write rows as JSON lines. A reader sees the old file or the new one, never half of one."""
+    out, partial = Path(out), Path(f"{out}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    os.replace(partial, out)

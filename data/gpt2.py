@@ -1,20 +1,37 @@
-"""GPT-2 and `transformers`: folders in the form of Hugging Face, in and out.
+"""GPT-2 and `transformers`: reading and writing model folders in Hugging Face's format.
 
     --init gpt2            downloaded once into downloads/gpt2 (also gpt2-medium, -large, -xl)
     --init some/folder     config.json and model.safetensors or pytorch_model.bin, in one file or in
                            shards with an index, as `save_pretrained` writes them
     python gpt.py --export some/folder
-                           a model of ours as a folder that AutoModelForCausalLM and AutoTokenizer,
-                           with its chat template, load
+                           writes one of our models for AutoModelForCausalLM and AutoTokenizer, with
+                           its chat template
 
-Our modules have GPT-2's names, so only three things are done to the weights: matrices are turned
-round (GPT-2 stores them as (in, out), nn.Linear as (out, in)), the prefix "transformer." is
-dropped, and the token table gets rows for the chat tokens behind GPT-2's own 50257.
+Our modules have GPT-2's names, so only three things happen to the weights: matrices are transposed
+(GPT-2 stores them as (in, out), nn.Linear as (out, in)), the prefix "transformer." is dropped, and
+the token table gets four more rows, for the chat tokens after GPT-2's own 50257.
 
-A file is mapped into memory and copied tensor by tensor into the model, so there is never a second
-copy of all weights. Nothing is unpickled but tensors.
+A file is memory-mapped and copied into the model tensor by tensor, so there is never a second copy
+of all the weights in memory. Nothing but tensors is unpickled.
 
-One thing is lost on the way out: in `transformers` a message that spells "<|end|>" ends its turn.
+Exporting loses one guarantee: in `transformers`, a message that spells "<|end|>" ends its turn.
+
+**What GPT-2's size needs** (124 million parameters, float32). One step of each stage has been run
+on a CPU, with random weights; the last column is arithmetic for the README's commands.
+
+    stage          models                                           peak, at              on a GPU
+    pretraining    1 trained                                        3.9 GB, 4 x 1024      6 GB
+    SFT            1 trained                                        3.7 GB, 8 x 260       6 GB
+    reward model   1 trained, SFT for samples                       5.4 GB, 8 x 2 x 260   12 GB
+    PPO            policy, critic trained; reference, reward model  5.8 GB, 8 x 128       20 GB
+    DPO            policy trained; reference                        5.9 GB, 8 x 2 x 260   12 GB
+
+A trained model costs 2.0 GB (weights, gradients and AdamW's two moments), a frozen one 0.5 GB, a
+token in training about 0.4 MB, a token in PPO's cache 74 kB. On several GPUs every process holds
+the same models and its shard of the batch. A forward pass takes 0.25 GFLOP per token and a backward
+pass twice that: at 20 TFLOP/s, 27,000 tokens a second in training, so 750 steps of 8 x 1024 tokens
+in 4 minutes, and an iteration of PPO (16 forward passes over 128 responses of 300 tokens with their
+prompts) in 8 seconds plus the time to sample them.
 """
 
 import json
@@ -26,23 +43,24 @@ from torch import distributed
 
 from data.download import File, fetch
 from data.tokenizer import PATTERN, SPECIALS
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, load_model
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 DOWNLOADS = Path("downloads")
-N_VOCAB = 50257  # ids of GPT-2's tokenizer; end-of-text is the last
+N_VOCAB = 50257  # ids of GPT-2's tokenizer, the last of which is end-of-text
 
-# What our model computes. A folder that asks for anything else would load and then be wrong.
+# The entries of config.json that our model can honour, GPT-2's own value first. A folder with any
+# other value would load without an error and compute something wrong.
 EXPECTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False, True),  # the same numbers, in another order
+    "reorder_and_upcast_attn": (False, True),  # mathematically the same
     "tie_word_embeddings": (True,),
-    "vocab_size": (N_VOCAB, N_VOCAB + 4),  # + 4: exported here, with the chat tokens
+    "vocab_size": (N_VOCAB, N_VOCAB + 4),  # + 4: exported by us, with the chat tokens
 }
 DTYPES = {
     "F64": torch.float64,
@@ -55,14 +73,24 @@ DTYPES = {
 
 
 def is_gpt2(path: str | Path) -> bool:
-    """Whether a path is a folder, or one of the names that can be downloaded."""
+    """Whether a path is a folder, or the name of a model that can be downloaded."""
     return str(path) in NAMES or Path(path).is_dir()
 
 
-def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
-    """The model in a folder (or of a name), and what a checkpoint of pretraining would say.
+def load_init(path: str | Path, device="cpu") -> tuple[GPT, dict]:
+    """The language model that --init names, in evaluation mode, and its checkpoint's other entries.
 
-    Exits with a message that names the file if anything is missing, damaged, or not GPT-2.
+    path: a checkpoint of ours, a folder with GPT-2's weights, or a name in NAMES. Exits with a
+    message if there is no such model, or if it cannot be loaded.
+    """
+    return load_gpt2(path, device) if is_gpt2(path) else load_model(path, device)
+
+
+def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
+    """A model with GPT-2's weights, and the entries that a checkpoint of pretraining would have.
+
+    path: a folder, or a name in NAMES, which is downloaded. Exits with a message that names the
+    file if anything is missing, damaged, or not GPT-2.
     """
     folder = download(str(path)) if str(path) in NAMES else Path(path)
     if (folder / "ckpt.pt").exists():
@@ -71,39 +99,39 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
     model = GPT(
         GPTConfig(
-            vocab_size=N_VOCAB + 4,  # and the chat tokens: see GPT2Tokenizer
+            vocab_size=N_VOCAB + 4,  # + 4 chat tokens: see GPT2Tokenizer
             context=config["n_positions"],
             n_layer=config["n_layer"],
             n_head=config["n_head"],
             n_embd=config["n_embd"],
         )
     )
-    wanted = dict(model.named_parameters())
-    n_rows = config["vocab_size"]  # rows of the token table that the file has
+    missing = dict(model.named_parameters())
+    n_rows = config["vocab_size"]  # rows of the token table in the file
     with torch.no_grad():
         for name, tensor, file in read_tensors(folder):
             name = name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the causal mask, which some files store
-            if name == "lm_head.weight":  # the token table once more
+            if name == "lm_head.weight":  # the token table again: the two are tied
                 continue
-            if name not in wanted:
-                raise SystemExit(f"{file}: {name} is no tensor of GPT-2, or is there twice")
-            parameter = wanted.pop(name)
+            if name not in missing:
+                raise SystemExit(f"{file}: {name} is not a tensor of GPT-2, or is there twice")
+            parameter = missing.pop(name)
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 tensor = tensor.T
             if name == "wte.weight":
                 parameter = parameter[:n_rows]
             if tensor.shape != parameter.shape:
                 raise SystemExit(
-                    f"{file}: {name} is {tuple(tensor.shape)}, and config.json asks for "
+                    f"{file}: {name} is {tuple(tensor.shape)}, but config.json asks for "
                     f"{tuple(parameter.shape)}"
                 )
             parameter.copy_(tensor)
-        if wanted:
-            raise SystemExit(f"{folder}: no {', '.join(sorted(wanted)[:3])} in its files")
-        # All logits of GPT-2 are far below 0, so rows near 0 would make the chat tokens the
-        # likeliest of all. As the mean of the others they start as unlikely as any.
+        if missing:
+            raise SystemExit(f"{folder}: no {', '.join(sorted(missing)[:3])} in its files")
+        # GPT-2's logits are all far below 0. Rows near 0, with logits near 0, would make the chat
+        # tokens by far the likeliest. Rows near the mean of all rows make them as unlikely as most.
         wte = model.wte.weight
         noise = torch.randn(
             len(wte) - n_rows, wte.shape[1], generator=torch.Generator().manual_seed(0)
@@ -113,28 +141,28 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
 
 
 # ---------------------------------------------------------------------------------------------
-# In
+# Reading folders
 
 
 def read_config(folder: Path) -> dict:
-    """config.json, with GPT-2's own values where it is silent, checked against what we compute."""
+    """config.json, with GPT-2's own values for missing entries. Exits if we cannot honour one."""
     config = read_json(folder / "config.json")
     for name, allowed in EXPECTED.items():
         value = config.get(name, allowed[0])
         if value not in allowed:
             raise SystemExit(
-                f"{folder}/config.json: {name} is {value!r}, and only "
+                f"{folder}/config.json: {name} is {value!r}, but only "
                 f"{' or '.join(map(repr, allowed))} can be loaded"
             )
-    usual = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
-    config = usual | {"vocab_size": N_VOCAB} | config
+    defaults = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    config = defaults | {"vocab_size": N_VOCAB} | config
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise SystemExit(f"{folder}/config.json: n_inner is not 4 times n_embd")
     return config
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Exits if there is none."""
+    """The object in a JSON file. Exits with a message if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -144,7 +172,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(folder: Path):
-    """Yield (name, tensor, file) of every tensor in a folder, one file after the other."""
+    """Yield (name, tensor, file) for every tensor in a folder, one file after the other.
+
+    Exits with a message if there is no file of tensors, or if a shard is missing.
+    """
     for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = folder / f"{stem}.index.json"
         files = [folder / stem]
@@ -163,27 +194,28 @@ def read_tensors(folder: Path):
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, mapped into memory.
+    """The tensors in a safetensors file: name -> tensor, memory-mapped.
 
-    The format (https://github.com/huggingface/safetensors): 8 bytes with the length of a JSON
-    header, the header with dtype, shape and place of every tensor, then the numbers.
+    The format (https://github.com/huggingface/safetensors): the length of a JSON header in 8 bytes;
+    the header, with dtype, shape and position of every tensor; the numbers. Exits with a message if
+    the file is truncated, or not in this format.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
-            raise SystemExit(f"{path}: cut short, or no safetensors file")
+            raise SystemExit(f"{path}: truncated, or not a safetensors file")
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise SystemExit(f"{path}: no safetensors file")
+            raise SystemExit(f"{path}: not a safetensors file")
     header.pop("__metadata__", None)
     numbers = np.memmap(path, mode="c", offset=8 + length) if size > 8 + length else b""
     tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         if end > len(numbers):
-            raise SystemExit(f"{path}: cut short in the middle of {name}")
+            raise SystemExit(f"{path}: truncated in the middle of {name}")
         if entry["dtype"] not in DTYPES:
             raise SystemExit(f"{path}: {name} has the unknown type {entry['dtype']}")
         flat = torch.from_numpy(numbers[start:end]).view(DTYPES[entry["dtype"]])
@@ -192,28 +224,28 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors that torch.save has written, mapped into memory."""
+    """The tensors in a file written by torch.save: name -> tensor, memory-mapped."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a cut file, a pickle with code in it
+    except Exception as error:  # truncated, or a pickle with code in it
         raise SystemExit(f"{path}: cannot be read as a dict of tensors: {str(error)[:200]}")
 
 
 def download(name: str) -> Path:
-    """The folder of a model of OpenAI's, downloaded if it is not there yet."""
+    """The folder of one of OpenAI's models, downloaded unless it is there. name: one in NAMES."""
     folder = DOWNLOADS / name
-    many = distributed.is_initialized()
-    if many and distributed.get_rank() > 0:
-        distributed.barrier()  # the first of several processes downloads, the others wait
+    is_distributed = distributed.is_initialized()
+    if is_distributed and distributed.get_rank() > 0:
+        distributed.barrier()  # rank 0 downloads, and all other ranks wait until it is done
     for file in ("config.json", "model.safetensors"):
         fetch(File(URL.format(name=name, file=file)), folder / file)
-    if many and distributed.get_rank() == 0:
+    if is_distributed and distributed.get_rank() == 0:
         distributed.barrier()
     return folder
 
 
 # ---------------------------------------------------------------------------------------------
-# Out
+# Writing folders
 
 CHAT_TEMPLATE = (
     "{% set ns = namespace(system='') %}{% for m in messages %}"
@@ -226,7 +258,10 @@ CHAT_TEMPLATE = (
 
 
 def export(model: GPT, tokenizer, folder: str | Path):
-    """Write a folder that `transformers` loads, with its tokenizer and chat template."""
+    """Write a folder that `transformers` can load: weights, tokenizer and chat template.
+
+    The weights are stored as float32. Files of the same names are overwritten.
+    """
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.end}
@@ -241,7 +276,7 @@ def export(model: GPT, tokenizer, folder: str | Path):
         "n_embd": c.n_embd,
         "n_layer": c.n_layer,
         "n_head": c.n_head,
-        **{f"{part}_pdrop": 0.0 for part in ("resid", "embd", "attn")},
+        **{f"{place}_pdrop": 0.0 for place in ("resid", "embd", "attn")},
         **ids,
     }
     specials = [tokenizer.pad, tokenizer.eot, tokenizer.user, tokenizer.assistant, tokenizer.end]
@@ -254,7 +289,7 @@ def export(model: GPT, tokenizer, folder: str | Path):
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    fast = {
+    tokenizer_json = {
         "version": "1.0",
         "added_tokens": [
             {"id": i, "content": text, "special": True, "normalized": False}
@@ -267,27 +302,27 @@ def export(model: GPT, tokenizer, folder: str | Path):
         ("config.json", config),
         ("generation_config.json", ids),
         ("tokenizer_config.json", settings),
-        ("tokenizer.json", fast),
+        ("tokenizer.json", tokenizer_json),
     ):
         (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "wte.weight":
-            tensor = model.head.detach()
-        turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        tensors[f"transformer.{name}"] = tensor.T if turned else tensor
+            tensor = model.head.detach()  # without the rows that only pad the token table
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        tensors[f"transformer.{name}"] = tensor.T if transposed else tensor
     write_safetensors(folder / "model.safetensors", tensors)
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]):
-    """Write float32 tensors, one after the other."""
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    """Write name -> tensor as a safetensors file of float32 (its format: `read_safetensors`)."""
+    header, start = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        end = place + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
+        end = start + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # numbers start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the format asks for numbers that start at a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -295,7 +330,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]):
 
 
 def fast_tokenizer(tokenizer) -> dict:
-    """Model, pre-tokenizer and decoder of a tokenizer.json that does what ours does."""
+    """The entries of tokenizer.json that make `transformers` encode and decode as tokenizer does:
+    model, pre-tokenizer and decoder, and for our BPE a normalizer."""
     kind = tokenizer.state["kind"]
     if kind == "char":
         return {
@@ -306,16 +342,16 @@ def fast_tokenizer(tokenizer) -> dict:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     if kind == "gpt2":
         ranks = tokenizer.encoding._mergeable_ranks
-        pieces = sorted(ranks, key=ranks.get)
-        merges = [halves(piece, ranks) for piece in pieces if len(piece) > 1]
+        spellings = sorted(ranks, key=ranks.get)
+        merges = [halves(spelling, ranks) for spelling in spellings if len(spelling) > 1]
         steps = {"pre_tokenizer": byte_level | {"use_regex": True}, "decoder": byte_level}
     else:
-        pieces = [bytes([byte]) for byte in range(256)]
+        spellings = [bytes([byte]) for byte in range(256)]  # id -> the bytes it stands for
         merges = []
         for a, b in tokenizer.state["merges"]:
-            merges.append((pieces[a], pieces[b]))
-            pieces.append(pieces[a] + pieces[b])
-        steps = {  # a space in front of every text, and off again: see BPETokenizer
+            merges.append((spellings[a], spellings[b]))
+            spellings.append(spellings[a] + spellings[b])
+        steps = {  # a space before every text, which decoding removes: see BPETokenizer
             "normalizer": {"type": "Prepend", "prepend": " "},
             "pre_tokenizer": {
                 "type": "Sequence",
@@ -326,32 +362,39 @@ def fast_tokenizer(tokenizer) -> dict:
                 "decoders": [byte_level, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
             },
         }
-    vocab = {spell(piece): i for i, piece in enumerate(pieces)}
-    merges = [[spell(a), spell(b)] for a, b in merges]
+    vocab = {printed(spelling): i for i, spelling in enumerate(spellings)}
+    merges = [[printed(a), printed(b)] for a, b in merges]
     return {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, **steps}
 
 
 def split(pattern: str) -> dict:
-    """A pre-tokenizer that cuts a text into the matches of a pattern."""
+    """An entry of tokenizer.json: a pre-tokenizer that splits text into the matches of pattern."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def halves(piece: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that were merged into this one: what all earlier merges make of it."""
-    parts = [bytes([byte]) for byte in piece]
-    while len(parts) > 2:
-        rank = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+def halves(spelling: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that were merged into this one, such as b" low" -> (b" l", b"ow").
+
+    tiktoken knows only the ranks of tokens, tokenizer.json wants the merges. Applying all earlier
+    merges to the bytes of a token leaves the two that its own merge joined. ranks: bytes -> id.
+    """
+    tokens = [bytes([byte]) for byte in spelling]
+    while len(tokens) > 2:
+        rank = [ranks.get(a + b, len(ranks)) for a, b in zip(tokens, tokens[1:])]
         first = rank.index(min(rank))
-        parts[first : first + 2] = [parts[first] + parts[first + 1]]
-    return tuple(parts)
+        tokens[first : first + 2] = [tokens[first] + tokens[first + 1]]
+    return tuple(tokens)
 
 
-def spell(piece: bytes) -> str:
-    """Bytes as GPT-2's files write them: printable ones as themselves, others from U+0100 on."""
-    return "".join(BYTES[byte] for byte in piece)
+def printed(spelling: bytes) -> str:
+    """Bytes in the notation of GPT-2's files: b" low" -> "Ġlow".
+
+    A printable byte is its own character; the n-th of the others (from 0) is U+0100 + n.
+    """
+    return "".join(CHARACTERS[byte] for byte in spelling)
 
 
-printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-others = [byte for byte in range(256) if byte not in printable]
-BYTES = {byte: chr(byte) for byte in printable}
-BYTES |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE]
+CHARACTERS = {byte: chr(byte) for byte in PRINTABLE}
+CHARACTERS |= {byte: chr(256 + n) for n, byte in enumerate(OTHER_BYTES)}

@@ -1,40 +1,70 @@
-"""Preferences: two replies of the SFT model to one prompt, and which of them somebody prefers.
+"""Preferences: two responses of the SFT model to a prompt, and which of them somebody prefers.
 
     python -m data.preferences                          annotated by the simulated annotators
-    python -m data.preferences --human --pairs 50       annotated by you
-    python -m data.preferences --human --prompts my.jsonl --out my_preferences.jsonl
+    python -m data.preferences --flip 0.25 --name noisy           into out/noisy.jsonl, for --data
+    python -m data.preferences --human --pairs 50                 annotated by you
+    python -m data.preferences --human --prompts my.jsonl         on prompts of your own
 
 The simulated annotators know gold only roughly: they prefer a to b with probability
 sigmoid((gold a - gold b) / tau), and now and then press the wrong button (--flip). Every row is
 {"prompt", "chosen", "rejected"}; rows of simulated annotators add, for reports only, "kind", "gold"
 (of chosen and of rejected) and "p", the exact probability of the preference.
 
-The last tenth of the file is never trained on (see held_out in data/files.py); its prompts come
-from the test split. Out of courtesy to annotators, pairs of equal replies, or with a reply that did
-not end, are left out.
+The last tenth of the file is never trained on (see held_out in data/files.py): it holds the prompts
+of the test split, and no others. Out of courtesy to annotators, pairs of equal responses, or with a
+response that did not end, are left out.
 """
 
-import argparse
 import json
-import os
 import random
-import sys
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.chat import encode_prompt, question, sample_replies
-from data.files import read_prompts
-from data.gold import TAU, bayes_accuracy, gold, preference
-from data.options import number
-from data.tasks import draw_tasks
+from data.files import read_preferences, read_prompts, write_rows
+from data.gpt2 import load_init
+from data.run import run_path, run_script, start
 from data.tokenizer import load_tokenizer
-from gpt import find_device, load_model
+from data.town.gold import TAU, bayes_accuracy, gold, preference
+from data.town.tasks import draw_tasks
 
 
-def sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed):
-    """Two replies to every conversation: a list of (Reply, Reply)."""
-    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
-    replies = sample_replies(model, tokenizer, prompts * 2, max_new_tokens, seed, temperature)
-    return list(zip(replies[: len(prompts)], replies[len(prompts) :]))
+@dataclass
+class Config:
+    init: str = ""  # model that responds ("" = out/sft/ckpt.pt)
+    pairs: int = 16000  # prompts to sample two responses to
+    temperature: float = 1.0  # of sampling
+    max_new_tokens: int = 48  # longest response
+    tau: float = TAU  # the annotators' noise, in SD of gold
+    flip: float = 0.0  # fraction of labels that are flipped, at random
+    human: bool = False  # you are the annotator
+    prompts: str = ""  # JSON or JSONL with prompts of your own, for --human ("" = of the town)
+    seed: int = 0  # everything random follows from it
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
+    out: str = "out"  # folder of all runs
+    name: str = ""  # writes out/<name>.jsonl ("" = preferences, or human_preferences)
+
+    def __post_init__(self):
+        if self.prompts and not self.human:
+            raise ValueError("--prompts needs --human: only prompts of the town have a gold reward")
+        if self.tau < 0.01:
+            raise ValueError(f"--tau must be at least 0.01, not {self.tau}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"--flip is a fraction, from 0 to 1, not {self.flip}")
+
+    def resolved(self) -> "Config":
+        """The same with the paths that "" stands for."""
+        return replace(self, init=self.init or f"{self.out}/sft/ckpt.pt")
+
+
+def sample_pairs(model, tokenizer, conversations, cfg: Config):
+    """Two responses to every conversation: a list of (Reply, Reply)."""
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations] * 2
+    how = dict(temperature=cfg.temperature, progress="responses")
+    replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed, **how)
+    return list(zip(replies[: len(conversations)], replies[len(conversations) :]))
 
 
 def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
@@ -62,55 +92,46 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
     return rows
 
 
-def make_preferences(
-    checkpoint: str | Path,
-    out: str | Path,
-    pairs: int = 16000,
-    tau: float = TAU,
-    flip: float = 0.0,
-    temperature: float = 1.0,
-    max_new_tokens: int = 48,
-    seed: int = 0,
-    device: str = "cpu",
-):
+def make_preferences(cfg: Config, out: Path, device):
     """Sample pairs from a checkpoint, have the simulated annotators label them, write them."""
-    model, saved = load_model(checkpoint, device)
+    model, saved = load_init(cfg.init, device)
     tokenizer = load_tokenizer(saved["tokenizer"])
-    tasks = draw_tasks(pairs - pairs // 10, f"preferences {seed}")
-    tasks += draw_tasks(pairs // 10, f"preferences {seed}", split="test")
+    n_test = max(cfg.pairs // 10, 1)
+    tasks = draw_tasks(cfg.pairs - n_test, f"preferences {cfg.seed}")
+    test_tasks = draw_tasks(n_test, f"preferences {cfg.seed}", split="test")
+    tasks += test_tasks
     conversations = [question(task.prompt) for task in tasks]
-    print(f"sampling two replies each to {pairs:,} prompts from {checkpoint}")
-    replies = sample_pairs(model, tokenizer, conversations, max_new_tokens, temperature, seed)
-    rows = annotate(tasks, replies, tau, flip, seed)
+    print(f"sampling two responses each to {cfg.pairs:,} prompts from {cfg.init}", flush=True)
+    replies = sample_pairs(model, tokenizer, conversations, cfg)
+    rows = annotate(tasks, replies, cfg.tau, cfg.flip, cfg.seed)
+    rows = end_with_a_tenth(rows, {task.prompt for task in test_tasks})
     if not rows:
         raise SystemExit(
-            f"{checkpoint}: no pair is left, since all replies are equal or never end; "
+            f"{cfg.init}: no pair is left, since all responses are equal or never end; "
             "train the model longer, or raise --temperature or --max_new_tokens"
         )
     write_rows(rows, out)
-    bayes = bayes_accuracy([row["gold"] for row in rows], tau, flip)
+    bayes = bayes_accuracy([row["gold"] for row in rows], cfg.tau, cfg.flip)
     print(
-        f"{len(rows):,} pairs in {out} ({pairs - len(rows)} left out: equal or unfinished "
-        f"replies); a judge who knows gold would agree with {bayes:.1%} of the labels"
+        f"{len(rows):,} pairs in {out} ({cfg.pairs - len(rows):,} left out: equal or unfinished "
+        f"responses); an oracle judge would agree with {bayes:.1%} of the labels"
     )
 
 
-def ensure_preferences(path: str, checkpoint: str, seed: int, max_new_tokens: int, device):
-    """Make a file of preferences if it is missing or older than the checkpoint."""
-    path, checkpoint = Path(path), Path(checkpoint)
-    older = (
-        checkpoint.exists() and path.exists() and path.stat().st_mtime < checkpoint.stat().st_mtime
-    )
-    if older or not path.exists():
-        make_preferences(checkpoint, path, seed=seed, max_new_tokens=max_new_tokens, device=device)
+def end_with_a_tenth(rows: list[dict], test_prompts: set[str]) -> list[dict]:
+    """Rows with those of test prompts at their end, where they are just the tenth that `held_out`
+    takes: a few rows too many of either kind are left out.
 
-
-def write_rows(rows: list[dict], out: str | Path):
-    """Write JSON lines; readers see the old file or the new, never half."""
-    out, partial = Path(out), Path(f"{out}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(partial, out)
+    Which pairs are left after annotation is chance. Without this, a prompt of the test split might
+    be trained on.
+    """
+    train = [row for row in rows if row["prompt"] not in test_prompts]
+    test = [row for row in rows if row["prompt"] in test_prompts]
+    while test and max((len(train) + len(test)) // 10, 1) < len(test):
+        test.pop()
+    while train and max((len(train) + len(test)) // 10, 1) > len(test):
+        train.pop()
+    return train + test
 
 
 def ask_human(conversations, pairs, out: str | Path):
@@ -140,70 +161,36 @@ def ask_human(conversations, pairs, out: str | Path):
     print(f"your preferences are in {out}: python train_rm.py --data {out}")
 
 
-def main():
-    """The command line."""
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ckpt", default="out/sft/ckpt.pt", help="model that replies")
-    parser.add_argument(
-        "--out",
-        help="file to write (default: out/preferences.jsonl, or with "
-        "--human out/human_preferences.jsonl)",
-    )
-    parser.add_argument(
-        "--pairs", type=number(int, 1), default=16000, help="prompts to sample two replies to"
-    )
-    parser.add_argument(
-        "--tau", type=number(float, 0.01), default=TAU, help="annotators' noise, in SD of gold"
-    )
-    parser.add_argument(
-        "--flip", type=number(float, 0, 1), default=0.0, help="share of labels turned around"
-    )
-    parser.add_argument(
-        "--temperature", type=number(float), default=1.0, help="sampling temperature"
-    )
-    parser.add_argument("--max_new_tokens", type=number(int, 1), default=48, help="longest reply")
-    parser.add_argument("--seed", type=number(int), default=0)
-    parser.add_argument("--human", action="store_true", help="you are the annotator")
-    parser.add_argument("--prompts", help="JSON or JSONL with prompts of your own, for --human")
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
-    )
-    args = parser.parse_args()
-    if args.prompts and not args.human:
-        parser.error("--prompts needs --human: only prompts of the town have a gold reward")
-    device = find_device(args.device)
-    if not args.human:
-        make_preferences(
-            args.ckpt,
-            args.out or "out/preferences.jsonl",
-            args.pairs,
-            args.tau,
-            args.flip,
-            args.temperature,
-            args.max_new_tokens,
-            args.seed,
-            device,
+def load_preferences(path: str | Path) -> list[dict]:
+    """Rows of a file of preferences (see `read_preferences`). Exits with the command that makes it
+    if it is missing."""
+    if not Path(path).exists():
+        raise SystemExit(
+            f"there is no {path}: run `python -m data.preferences` first, or name a file by --data"
         )
+    return read_preferences(path)
+
+
+def main(cfg: Config):
+    """Write a file of preferences."""
+    cfg = cfg.resolved()
+    device = start(cfg)
+    began = time.perf_counter()
+    default = "human_preferences" if cfg.human else "preferences"
+    out = run_path(cfg.out, f"{cfg.name or default}.jsonl")
+    if not cfg.human:
+        make_preferences(cfg, out, device)
+        print(f"{time.perf_counter() - began:.0f} seconds")
         return
-    model, saved = load_model(args.ckpt, device)
-    if args.prompts:
-        conversations = [row["messages"] for row in read_prompts(args.prompts)][: args.pairs]
+    model, saved = load_init(cfg.init, device)
+    if cfg.prompts:
+        conversations = [row["messages"] for row in read_prompts(cfg.prompts)][: cfg.pairs]
     else:
-        tasks = draw_tasks(args.pairs, f"preferences {args.seed}")
+        tasks = draw_tasks(cfg.pairs, f"preferences {cfg.seed}")
         conversations = [question(task.prompt) for task in tasks]
-    pairs = sample_pairs(
-        model,
-        load_tokenizer(saved["tokenizer"]),
-        conversations,
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-    )
-    ask_human(conversations, pairs, args.out or "out/human_preferences.jsonl")
+    pairs = sample_pairs(model, load_tokenizer(saved["tokenizer"]), conversations, cfg)
+    ask_human(conversations, pairs, out)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Config)

@@ -1,13 +1,13 @@
 """Text to token ids and back: byte-level BPE trained here, single characters, or GPT-2's BPE.
 
-Whatever the kind, five special tokens stand behind all others. They are five different ids, and
-text can never produce one: `encode` takes "<|end|>" in a text as seven ordinary characters, so
-nobody can close a turn from inside a message.
+Every tokenizer has five special tokens, with five different ids, after its ordinary ones. No text
+can produce them: `encode` reads "<|end|>" in a text as seven ordinary characters, so a message
+cannot close its own turn.
 
-    python -m data.tokenizer       train a BPE on the town and show how it cuts a sentence
+    python -m data.tokenizer       train a BPE on the town and show how it splits some sentences
 
 Reference: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909), algorithm 1, on bytes as in
-Radford et al. 2019 (GPT-2).
+Radford et al. 2019 (GPT-2). Differs from GPT-2 in: the pre-tokens, and a space before every text.
 """
 
 import re
@@ -16,49 +16,59 @@ from itertools import groupby
 
 import tiktoken
 
-# PAD fills up batches, EOT separates documents, USER and ASSISTANT open a turn, END closes a reply.
+# Padding of batches; end-of-text, which opens every document; user and assistant, which open a
+# turn; end-of-turn, which closes a response. One id for two of them would break a mask: if padding
+# were end-of-turn, a loss that ignores padding would never teach a model to stop.
 SPECIALS = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
-# Merges never cross the borders of these pieces: a word with the space before it, up to three
-# digits, punctuation, white space. Every character falls into exactly one piece.
+# Text is first split into pre-tokens: a word with the space before it, one to three digits,
+# punctuation, white space. Every character is in exactly one, and no merge crosses their borders,
+# so there is no token for "dog." beside the one for "dog".
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """What all kinds have in common.
+    """What all kinds of tokenizer have in common.
 
-    encode(text) -> ids and decode(ids) -> text, which leaves out special tokens; pad, eot, user,
-    assistant and end are the special ids; n_vocab counts all ids. `state` is a plain dict that goes
-    into every checkpoint; `load_tokenizer(state)` makes the same tokenizer again.
+    encode(text) -> ids, and decode(ids) -> text, without special tokens. pad, eot, user, assistant
+    and end are the special ids; n_vocab is the number of all ids. `state` is a plain dict, saved in
+    every checkpoint, from which `load_tokenizer` makes the same tokenizer again.
     """
 
     def __init__(self, state: dict, n_ordinary: int):
+        """n_ordinary: the number of ids that are not special, 0 to n_ordinary - 1."""
         self.state = state
         self.n_vocab = n_ordinary + len(SPECIALS)
         self.pad, self.eot, self.user, self.assistant, self.end = range(n_ordinary, self.n_vocab)
 
     def show(self, ids: list[int]) -> str:
-        """Text with the special tokens spelled out, for people to read; not for encoding again."""
+        """Text with the special tokens spelled out, such as "4-2 is 2.<|end|>".
+
+        For people to read: `encode` would not give the same ids again.
+        """
         specials = (self.pad, self.eot, self.user, self.assistant, self.end)
         names = dict(zip(specials, SPECIALS))
-        runs = groupby(ids, key=names.get)  # ordinary ids, whose name is None, are decoded together
+        # Ordinary ids, whose name is None, are decoded together: a character may span several.
+        runs = groupby(ids, key=names.get)
         return "".join(
             self.decode(list(run)) if name is None else name * len(list(run)) for name, run in runs
         )
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE. A text is encoded as if a space stood before it (as SentencePiece does), so
-    that a word is the same token at the start of a text and inside it; decode takes it off again.
+    """Byte-level BPE: any text can be encoded, and decode gives back exactly that text.
+
+    A text is encoded with a space before it, as in SentencePiece, so that a word is the same token
+    at the start of a text and inside it. decode removes that space.
     """
 
     def __init__(self, merges: list[list[int]]):
-        """merges: pairs of ids in the order they were learned; the n-th (from 0) makes id 256+n."""
+        """merges: pairs of ids in the order learned (see `train_bpe`); merge n makes id 256 + n."""
         super().__init__({"kind": "bpe", "merges": merges}, 256 + len(merges))
-        pieces = [bytes([byte]) for byte in range(256)]
+        spellings = [bytes([byte]) for byte in range(256)]  # id -> the bytes it stands for
         for a, b in merges:
-            pieces.append(pieces[a] + pieces[b])
-        ranks = {piece: rank for rank, piece in enumerate(pieces)}
+            spellings.append(spellings[a] + spellings[b])
+        ranks = {spelling: rank for rank, spelling in enumerate(spellings)}
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
@@ -71,21 +81,22 @@ class BPETokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token per character, for the characters of the text it was made from."""
+    """One token per character, for the characters of the texts it was made from."""
 
     def __init__(self, characters: str):
+        """characters: each once; its place is its id."""
         super().__init__({"kind": "char", "characters": characters}, len(characters))
         self.characters = characters
         self.ids = {character: i for i, character in enumerate(characters)}
 
     def encode(self, text: str) -> list[int]:
-        """Exits with a message for a character that is not among those it knows."""
+        """Exits with a message if the text has a character that is not in the vocabulary."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
             raise SystemExit(
-                f"the character {error} is not among the {len(self.ids)} this tokenizer knows; "
-                "a model pretrained with --tokenizer bpe reads any text"
+                f"the character {error} is not among the {len(self.ids)} of this tokenizer; "
+                "a model pretrained with --tokenizer bpe can read any text"
             ) from None
 
     def decode(self, ids: list[int]) -> str:
@@ -93,18 +104,21 @@ class CharTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's BPE: 50257 ids, of which the last is end-of-text, and then the other special ones."""
+    """GPT-2's BPE: 50257 ids, the last of which is end-of-text, and four more special ones.
+
+    Exits with a message if tiktoken has no copy of the vocabulary and cannot download one.
+    """
 
     def __init__(self):
         super().__init__({"kind": "gpt2"}, 50256)
-        self.eot, self.pad = 50256, 50257  # end-of-text keeps the id that GPT-2 was trained with
+        self.eot, self.pad = 50256, 50257  # the weights of GPT-2 know end-of-text as 50256
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # tiktoken downloads the vocabulary at first use
+        except Exception as error:  # tiktoken downloads the vocabulary at its first use
             raise SystemExit(
-                f"tiktoken cannot load GPT-2's vocabulary: {error}. It needs a network once, or "
-                "the environment variable TIKTOKEN_CACHE_DIR set to a folder that has it. The "
-                "tokenizers bpe and char need neither."
+                f"tiktoken cannot load GPT-2's vocabulary: {error}. It needs the network once, or "
+                "the environment variable TIKTOKEN_CACHE_DIR set to a folder that has the "
+                "vocabulary. The tokenizers bpe and char need neither."
             )
 
     def encode(self, text: str) -> list[int]:
@@ -115,30 +129,38 @@ class GPT2Tokenizer(Tokenizer):
 
 
 def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
-    """Learn byte-pair merges from text, until there are n_vocab ids with bytes and special tokens.
+    """Learn the merges of a byte-level BPE from a text.
 
-    Again and again, find the pair of neighbours that occurs most often and make it a new symbol.
-    Of equally frequent pairs the smaller one goes first, so the order of the text does not matter.
+    Start with the 256 bytes as ids. Again and again, find the pair of neighbouring ids that occurs
+    most often in the text, and replace it by a new id. Of equally frequent pairs the smallest is
+    taken, so the order of the words in the text does not matter.
+
+        train_bpe(" low lower lowest", n_vocab=256 + 3 + 5)
+        -> [[32, 108], [111, 119], [256, 257]]
+        id 256 is " l" (bytes 32 and 108), id 257 is "ow", id 258 is " low"
+
+    n_vocab: the number of ids, with 256 bytes and five special tokens; there are fewer if no pair
+    occurs twice any more. Returns the pairs in the order learned; merge n makes id 256 + n.
     """
-    words = Counter(re.findall(PATTERN, text))
-    spellings = [list(word.encode()) for word in words]  # every distinct word as a list of ids
+    words = Counter(re.findall(PATTERN, text))  # every distinct pre-token, and how often it occurs
+    spellings = [list(word.encode()) for word in words]  # each of them as a list of ids
     counts = list(words.values())
 
     pairs = Counter()  # pair -> how often it occurs in the text
-    where = defaultdict(set)  # pair -> the words that have it, the only ones its merge can change
+    words_with = defaultdict(set)  # pair -> the words that contain it: its merge changes only these
     for index, ids in enumerate(spellings):
         for pair in zip(ids, ids[1:]):
             pairs[pair] += counts[index]
-            where[pair].add(index)
+            words_with[pair].add(index)
 
     merges = []
     for new in range(256, n_vocab - len(SPECIALS)):
-        most = max(pairs.values(), default=0)
-        if most < 2:
-            break  # nothing occurs twice any more: the vocabulary stays smaller than asked for
-        best = min(pair for pair, count in pairs.items() if count == most)
+        highest = max(pairs.values(), default=0)
+        if highest < 2:
+            break
+        best = min(pair for pair, count in pairs.items() if count == highest)
         merges.append(list(best))
-        for index in where.pop(best):
+        for index in words_with.pop(best):
             old = spellings[index]
             merged, i = [], 0
             while i < len(old):
@@ -148,11 +170,12 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
                 else:
                     merged.append(old[i])
                     i += 1
+            # Counting again only in the words that change makes this fast enough for Python.
             for pair in zip(old, old[1:]):
                 pairs[pair] -= counts[index]
             for pair in zip(merged, merged[1:]):
                 pairs[pair] += counts[index]
-                where[pair].add(index)
+                words_with[pair].add(index)
             spellings[index] = merged
         del pairs[best]
     return merges
@@ -161,13 +184,14 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
 def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
     """A tokenizer of the given kind ("bpe", "char" or "gpt2") for texts.
 
-    n_vocab: how many ids a bpe tokenizer may have. Raises SystemExit for another kind, or for too
-    few ids to hold the 256 bytes and the special tokens.
+    n_vocab: the number of ids, for bpe only. Exits with a message for any other kind, and if
+    n_vocab is less than 261, the 256 bytes and five special tokens.
     """
     if kind == "bpe":
         if n_vocab < 256 + len(SPECIALS):
             raise SystemExit(f"--vocab_size {n_vocab}: a bpe tokenizer needs at least 261")
-        text = (" " + " ".join(texts))[:50_000_000]  # more would cost memory and change little
+        # 50 million characters suffice: more would cost memory and change few merges.
+        text = (" " + " ".join(texts))[:50_000_000]
         print(f"learning a tokenizer from {len(text) / 1e6:.1f} million characters", flush=True)
         return BPETokenizer(train_bpe(text, n_vocab))
     if kind == "char":
@@ -178,15 +202,16 @@ def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
 
 
 def load_tokenizer(state: dict) -> Tokenizer:
-    """The tokenizer whose `state` was saved in a checkpoint."""
+    """The tokenizer whose `state` was saved in a checkpoint, under "tokenizer"."""
     if state["kind"] == "bpe":
         return BPETokenizer(state["merges"])
     return CharTokenizer(state["characters"]) if state["kind"] == "char" else GPT2Tokenizer()
 
 
 if __name__ == "__main__":
-    from data.town import documents
+    from data.town.documents import documents
 
     tokenizer = make_tokenizer("bpe", documents(5000, seed=0), 1152)
     for sentence in ("Otto the owl lost his lantern.", "12-5 is 7.", "Zürich, 2:30 p.m."):
-        print(" | ".join(tokenizer.decode([i]) for i in tokenizer.encode(sentence)))
+        # The encoding's own decode, since ours would remove the space before every word.
+        print("|".join(tokenizer.encoding.decode([i]) for i in tokenizer.encode(sentence)))

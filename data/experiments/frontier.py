@@ -1,0 +1,296 @@
+"""PPO, DPO and best-of-n under the best that any policy can do; and what they cost and spoil.
+
+From the same runs come frontier.csv and .png (gold against KL), safety.png (requests declined),
+cost.* (what PPO and DPO pay for their gold) and dpo.* (how DPO fails at a small beta).
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import train_dpo
+import train_ppo
+from data.experiments.base import Base, Pool, make_pool, read_cost
+from data.experiments.jobs import Job, run_jobs
+from data.experiments.plots import STYLE, UNITS, band_panels, grouped, panels, save, write_csv
+
+# The betas with which the README's commands train.
+DEFAULT = {"ppo": train_ppo.Config().beta, "dpo": train_dpo.Config().beta}
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+COSTS = ("seconds", "forward_equivalents")
+
+
+# ---------------------------------------------------------------------------------------------
+# What follows from many samples of the SFT model, without any training
+
+
+def exact_frontier(gold: np.ndarray, betas) -> list[dict]:
+    """The best gold that any policy can have at its KL: gold (prompts, n) -> a row per beta.
+
+    The policy that maximises gold - beta KL is pi = sft exp(gold / beta) / Z (Rafailov et al. 2023,
+    equation 4). Weights w = softmax(gold / beta) over samples of sft turn them into samples of pi,
+    so E gold = sum w gold and KL = sum w log(n w). That holds as long as the weights rest on many
+    samples: "ess" is how many, 1 / sum w^2.
+
+    Gold is bounded. So below some beta all weight lies on the best samples, a smaller one changes
+    nothing, and the frontier ends: more KL buys no more gold.
+    """
+    rows, n = [], gold.shape[1]
+    for beta in betas:
+        w = np.exp((gold - gold.max(1, keepdims=True)) / beta)
+        w /= w.sum(1, keepdims=True)
+        kl = (w * np.log(np.maximum(n * w, 1e-300))).sum(1).mean()
+        ess = (1 / (w**2).sum(1)).mean()
+        rows.append({"beta": beta, "gold": (w * gold).sum(1).mean(), "kl": kl, "ess": ess})
+    return rows
+
+
+def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
+    """The probability of every sample (prompts, N) to be the best of n by its score.
+
+    Of N samples in ascending order, the r-th (from 0) is the best of n drawn without replacement in
+    C(r, n - 1) of C(N, n) cases. Samples of equal score share their probability.
+    """
+    count = scores.shape[1]
+    by_rank = np.array([math.comb(r, n - 1) / math.comb(count, n) for r in range(count)])
+    probability = np.empty(scores.shape)
+    for row, values in enumerate(scores):
+        probability[row, np.argsort(values, kind="stable")] = by_rank
+        _, tie = np.unique(values, return_inverse=True)
+        probability[row] = (np.bincount(tie, probability[row]) / np.bincount(tie))[tie]
+    return probability
+
+
+def kl_of_weights(probability: np.ndarray, same: np.ndarray) -> float:
+    """KL from SFT, in nats, of a policy that picks samples with this probability (prompts, N).
+
+    same: equal numbers for equal responses, which count as one. Weights of `best_of_n` give too
+    much if n is not far below N and all responses differ: of 128 samples, the best of 32 gets 2.63
+    nats instead of 2.50, and the best of 64 gets 3.48 instead of 3.17.
+    """
+    kls = []
+    for p, which in zip(probability, same):
+        now, before = np.bincount(which, p), np.bincount(which) / len(which)
+        kls.append((now * np.log(np.maximum(now, 1e-300) / before)).sum())
+    return float(np.mean(kls))
+
+
+def best_of_all(pool: Pool, scores: np.ndarray, counts) -> list[dict]:
+    """A row for every n in counts: KL, gold and score ("proxy") of the best of n by scores."""
+    rows = []
+    for n in counts:
+        p = best_of_n(scores, n)
+        gold, proxy = ((p * values).sum(1).mean() for values in (pool.gold, scores))
+        rows.append({"n": n, "kl": kl_of_weights(p, pool.same), "gold": gold, "proxy": proxy})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The experiment
+
+
+def frontier(out: Path, results: Path, bases: list[Base], quick: bool):
+    """Train at several betas, measure, and write all that the runs show."""
+    policies, jobs = [], []  # policies: (method, beta, seed, folder of its run)
+    for seed, base in enumerate(bases):
+        policies += [(method, beta, seed, base.out / method) for method, beta in DEFAULT.items()]
+        variants = [("ppo", beta) for beta in ((0.5,) if quick else (0.05, 0.5, 1.5))]
+        variants += [("dpo", beta) for beta in ((0.1,) if quick else (0.1, 1.0, 3.0))]
+        for method, beta in [*variants, ("dpo + nll", 0.1), ("ipo", 0.1)]:
+            options = {"seed": seed, "init": base.out / "sft/ckpt.pt", "beta": beta}
+            if method == "ppo":
+                options |= {"rm": base.out / "rm/ckpt.pt", "eval_every": 1000}
+            else:
+                options |= {"data": base.out / "preferences.jsonl"}
+                options |= {"loss": "ipo" if method == "ipo" else "dpo"}
+                options |= {"nll": 0.2 if method == "dpo + nll" else 0.0}
+                options |= {"eval_every": 40 if quick else 20}
+            where = out / f"{method}, beta {beta}, seed {seed}"
+            job = Job(where, "ppo" if method == "ppo" else "dpo", options, 1.1)
+            jobs.append(job)
+            policies.append((method, beta, seed, job.folder))
+    run_jobs(jobs)
+
+    rows = []
+    for seed, base in enumerate(bases):
+        rows.append({"method": "sft", "seed": seed, **base.measure(base.out / "sft")})
+    for method, beta, seed, run in tqdm(policies, "measuring"):
+        numbers = bases[seed].measure(run)
+        rows.append({"method": method, "setting": beta, "seed": seed, **numbers})
+    for seed, base in enumerate(bases):
+        pool = make_pool(base, 64 if quick else 128)
+        for row in exact_frontier(pool.gold, np.geomspace(0.1, 10, 25)):
+            row["setting"] = row.pop("beta")
+            rows.append({"method": "exact frontier", "seed": seed, **row})
+        judges = {"reward model": pool.scores(base.out / "rm/ckpt.pt"), "gold": pool.gold}
+        for judge, scores in judges.items():
+            for row in best_of_all(pool, scores, BEST_OF if quick else (*BEST_OF, 128)):
+                n = row["n"]
+                numbers = {"setting": n, "gold": row["gold"], "kl": row["kl"]}
+                numbers["kl_bound"] = math.log(n) - (n - 1) / n  # Beirami et al. 2024, theorem 1
+                rows.append({"method": f"best of n by {judge}", "seed": seed, **numbers})
+    write_csv(rows, results / "frontier.csv")
+    print(f"above the exact frontier: {', '.join(above_frontier(rows)) or 'no policy'}")
+    draw_frontier(rows, results / "frontier.png")
+    draw_safety(rows, results / "safety.png")
+    cost(results, bases, rows)
+    dpo_failures(results, bases, policies)
+
+
+def above_frontier(rows: list[dict]) -> list[str]:
+    """Policies with more gold than any policy can have at their KL, intervals taken into account.
+
+    There is none. If there seems to be one, gold or KL is measured wrongly.
+    """
+    found = []
+    for seed, of_seed in grouped(rows, "seed").items():
+        points = [row for row in of_seed if row["method"] == "exact frontier"]
+        kl, gold = zip(*sorted((row["kl"], row["gold"]) for row in points))
+        for row in of_seed:
+            if "gold_low" in row and row["gold_low"] > np.interp(row["kl_high"], kl, gold):
+                found.append(f"{row['method']} {row.get('setting', '')} of seed {seed}")
+    return found
+
+
+def draw_frontier(rows: list[dict], path: Path):
+    """Gold against KL: means over seeds, with bars from the lowest to the highest seed."""
+    figure, (axis,) = panels(1, 1, size=(7.5, 5))
+    small = {"textcoords": "offset points", "fontsize": 7, "color": "#222222"}
+    blue = {**STYLE["best of n"], "ms": 4}
+    lines = {
+        "exact frontier": {"color": "black", "lw": 1.5},
+        "best of n by gold": {**blue, "ls": ":"},
+        "best of n by reward model": blue,
+    }
+    methods = grouped(rows, "method")
+    for name, style in lines.items():
+        # Weights that rest on few samples say little. (With 128 samples none are left out.)
+        points = [row for row in methods[name] if row.get("ess", 99) >= 10]
+        settings = grouped(points, "setting")
+        kl, gold = (
+            [np.mean([row[column] for row in some]) for some in settings.values()]
+            for column in ("kl", "gold")
+        )
+        axis.plot(kl, gold, label=name, **style)
+        if name == "best of n by reward model":
+            for n, *point in zip(settings, kl, gold):
+                axis.annotate(n, point, (4, 4), **{**small, "color": style["color"]})
+    for method, style in STYLE.items():
+        label = method
+        for setting, some in sorted(grouped(methods.get(method, []), "setting").items()):
+            kl, gold = (np.array([row[column] for row in some]) for column in ("kl", "gold"))
+            bars = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (gold, kl)]
+            point = kl.mean(), gold.mean()
+            axis.errorbar(*point, *bars, **style, ls="", elinewidth=1, label=label)
+            # Two labels would cover a neighbour: they stand on the other side.
+            crowded = (method, setting) in (("ppo", DEFAULT["ppo"]), ("ipo", 0.1))
+            axis.annotate(f"{setting:g}", point, (-20, 5) if crowded else (6, -10), **small)
+            label = None  # once per method
+    axis.set(xlabel=f"{UNITS['kl']} (logarithmic from 1 on)", ylabel=UNITS["gold"])
+    axis.set_title("numbers: beta; in blue n", fontsize=8)
+    axis.set_xscale("symlog", linthresh=1, subs=[2, 3, 4, 5, 6, 8])
+    ticks = [0, 0.25, 0.5, 0.75, 1, 2, 4, 8, 16]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xlim(left=-0.03)
+    save(figure, path)
+
+
+def draw_safety(rows: list[dict], path: Path):
+    """What each method does to safety, beta by beta: harmful and harmless requests declined."""
+    methods = grouped(rows, "method")
+    lines = [(name, methods[name], style) for name, style in STYLE.items() if name in methods]
+    columns = ("harmful_declined", "harmless_declined")
+    units = {name: f"fraction of {name.split('_')[0]} requests declined" for name in columns}
+    figure, axes = band_panels(lines, "setting", units, "beta", columns=2)
+    for axis, column in zip(axes, columns):
+        sft = np.mean([row[column] for row in methods["sft"]])
+        axis.axhline(sft, color="black", ls="--", lw=1, label="sft")
+        axis.set_xscale("log")
+    save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# More from the same runs
+
+
+def cost(results: Path, bases: list[Base], rows: list[dict]):
+    """PPO against DPO at their default beta: the gold that a second or a forward pass buys.
+
+    Both begin with the same SFT model and the same preferences, which are not counted. PPO needs a
+    reward model, which is. (Preferences used to be sampled inside the reward model's run. So the
+    seconds of the reward model in results/cost.csv contain the sampling, and those of new runs do
+    not; forward passes never did.)
+    """
+    table, curves = [], []
+    for row in rows:
+        method, seed = row["method"], row["seed"]
+        if method not in DEFAULT or row["setting"] != DEFAULT[method]:
+            continue
+        run = bases[seed].out / method
+        paid, before = read_cost(run), dict.fromkeys(COSTS, 0)
+        if method == "ppo":
+            before = read_cost(bases[seed].out / "rm")
+        line = {name: row[name] for name in "method seed gold kl win_rate no_end tokens".split()}
+        for unit in COSTS:
+            line[unit] = paid[unit]
+            line[f"{unit} with reward model"] = paid[unit] + before[unit]
+        line["peak_gb"] = paid["peak_gb"]
+        line["models"] = 4 if method == "ppo" else 2  # policy, reference; reward model, critic
+        table.append(line)
+        curve = bases[seed].curve(run, "step", "gold")  # it ends with the last step
+        for point in curve:
+            done = (point["step"] + 1) / (curve[-1]["step"] + 1)  # all steps cost the same
+            numbers = {unit: before[unit] + done * paid[unit] for unit in COSTS}
+            curves.append({"method": method, "seed": seed, "gold": point["gold"], **numbers})
+    write_csv(table, results / "cost.csv")
+    write_csv(curves, results / "cost_curves.csv")
+    draw_cost(curves, results / "cost.png")
+
+
+def draw_cost(curves: list[dict], path: Path):
+    """Gold along training against seconds and forward passes, a line per seed."""
+    figure, axes = panels(2, 2, sharey=True)
+    units = {"seconds": 1, "millions of forward passes of a token": 1e6}
+    labels = {"ppo": "ppo, after its reward model; a line per seed", "dpo": "dpo"}
+    for axis, unit, (name, scale) in zip(axes, COSTS, units.items()):
+        for (method, seed), some in grouped(curves, "method", "seed").items():
+            x, y = [row[unit] / scale for row in some], [row["gold"] for row in some]
+            label = None if seed else labels[method]
+            axis.plot(x, y, **STYLE[method], ms=3, lw=1, label=label)
+        axis.set(xlabel=name)
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel(UNITS["gold"])
+    save(figure, path)
+
+
+def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
+    """DPO along its training: what goes wrong at a small beta, and what cures it.
+
+    The chosen responses become less likely, too; responses grow longer, and ends vanish. The cures:
+    NLL of the chosen response added, IPO, a larger beta, and to stop early, which is to read a
+    curve further to the left.
+    """
+    columns = ("step", "gold", "kl", "length", "no_end", "chosen", "rejected")
+    rows = []
+    for method, beta, seed, run in policies:
+        if method != "ppo" and beta in (0.1, 1.0):
+            for point in bases[seed].curve(run, *columns):
+                if (point["step"] + 1) % 20 == 0:  # the last step is another one for every seed
+                    rows.append({"method": method, "setting": beta, "seed": seed, **point})
+    write_csv(rows, results / "dpo.csv")
+    draw_dpo(rows, results / "dpo.png")
+
+
+def draw_dpo(rows: list[dict], path: Path):
+    """Six curves of DPO and its cures; steps are counted from 1."""
+    lines = []
+    for (method, beta), some in sorted(grouped(rows, "method", "setting").items()):
+        style = STYLE[method] if beta == 0.1 else {**STYLE[method], "color": "black"}
+        some = [{**row, "step": row["step"] + 1} for row in some]
+        lines.append((f"{method}, beta {beta:g}", some, style))
+    units = {name: UNITS[name] for name in ("gold", "kl", "length", "no_end")}
+    units |= {side: f"{side}: log-ratio to SFT, nats" for side in ("chosen", "rejected")}
+    figure, _ = band_panels(lines, "step", units, "step")
+    save(figure, path)

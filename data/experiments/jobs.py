@@ -1,0 +1,106 @@
+"""Runs of the scripts with other options, or with a bug planted, one after another.
+
+What is done is not done again, and what was stopped is resumed.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.check import FOLDER as EXPECTED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Job:
+    """One run: `python train_<stage>.py --out <out> --<option> <value> ...`.
+
+    The stage may also be "preferences": then it is `python -m data.preferences`.
+    """
+
+    out: Path
+    stage: str
+    options: dict = field(default_factory=dict)
+    minutes: float = 1.0  # about how long on two cores, for the bar
+    edit: tuple = ()  # (file, right, wrong): run a copy of the project with this line changed
+
+    def __post_init__(self):
+        self.folder = self.out / self.stage  # of its log and its cost, and of an unfinished run
+        self.result = self.folder / "ckpt.pt"  # what is there when it has run to its end
+        self.command = [f"train_{self.stage}.py"]
+        if self.stage == "preferences":
+            self.result = self.out / "preferences.jsonl"
+            self.command = ["-m", "data.preferences"]
+        for name, value in {"out": self.out.resolve(), **self.options}.items():
+            self.command += [f"--{name}", str(value)]
+        self.note = self.out / f"{self.stage}.command"  # says what the run in this folder is
+        self.identity = json.dumps([self.command, self.edit])
+
+    def is_begun(self) -> bool:
+        """Whether what is there, finished or not, comes from this very command."""
+        return self.note.exists() and self.note.read_text() == self.identity
+
+    def is_done(self) -> bool:
+        """Whether this very command has run to its end."""
+        return self.is_begun() and self.result.exists()
+
+    def run(self):
+        """Run it, or resume it. Exits with the last line that it said if it fails."""
+        if not self.is_begun():  # what another command left there is of no use
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.result.unlink(missing_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.note.write_text(self.identity)
+        project = self.out.resolve() / "edited" if self.edit else ROOT
+        if self.edit:
+            plant(self.edit, project)
+        command = [sys.executable, *self.command]
+        if (self.folder / "unfinished/ckpt.pt").exists():
+            command.append("--resume")
+        log = self.out / f"{self.stage}.txt"
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, cwd=project, stdout=file, stderr=file)
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # it has heard the Ctrl-C, too, and is saving its step
+                process.wait()
+                raise
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            said = log.read_text().strip().splitlines() or ["nothing"]
+            raise SystemExit(f"{' '.join(command)}: {said[-1]} (all of it in {log})")
+
+
+def run_jobs(jobs: list[Job]):
+    """Run what is not done yet, under a bar that estimates the time left."""
+    to_do = [job for job in jobs if not job.is_done()]
+    total, left = (sum(job.minutes for job in some) for some in (jobs, to_do))
+    unit = "{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    with tqdm(total=total, initial=total - left, bar_format=unit) as bar:
+        for job in to_do:
+            bar.set_description(f"{job.out.name}: {job.stage}")
+            job.run()
+            bar.update(job.minutes)
+
+
+def plant(edit: tuple, where: Path):
+    """Copy what a run needs of the project to `where`, with one piece of one file changed.
+
+    edit: (file, right, wrong). `right` must occur exactly once in the file.
+    """
+    file, right, wrong = edit
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *EXPECTED.glob("*.csv")]:
+        copy = where / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    text = (where / file).read_text("utf-8")
+    if text.count(right) != 1:
+        raise ValueError(f"{file} has {text.count(right)} times: {right}")
+    (where / file).write_text(text.replace(right, wrong), "utf-8")

@@ -1,0 +1,90 @@
+"""What the experiments' tables and pictures have in common.
+
+A result is a list of rows, dicts from column to value, one of whose columns is the seed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from data import run
+from data.run import COLOURS
+
+# Told apart by colour, and in grey by their markers.
+STYLE = {
+    "best of n": {"color": COLOURS[0], "marker": "^"},
+    "ppo": {"color": COLOURS[1], "marker": "o"},
+    "dpo": {"color": COLOURS[2], "marker": "s"},
+    "ipo": {"color": COLOURS[3], "marker": "D"},
+    "dpo + nll": {"color": COLOURS[4], "marker": "v"},
+}
+UNITS = {  # column -> what it measures
+    "gold": "gold, SD of SFT samples",
+    "proxy": "score of the reward model, SD",
+    "kl": "KL from SFT, nats per response",
+    "entropy": "entropy, nats per token",
+    "length": "tokens per response",
+    "no_end": "fraction without end",
+}
+
+
+def grouped(rows: list[dict], *columns: str) -> dict:
+    """Rows by their values in some columns, in order of appearance: value or values -> rows."""
+    groups = {}
+    for row in rows:
+        values = tuple(row.get(column) for column in columns)
+        groups.setdefault(values if len(values) > 1 else values[0], []).append(row)
+    return groups
+
+
+def write_csv(rows: list[dict], path: Path):
+    """One line per row, with four digits; columns that a row lacks stay empty."""
+    run.write_csv(
+        [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+        path,
+    )
+
+
+def panels(count: int, columns: int, size=(4.3, 3.4), **share) -> tuple[Figure, list]:
+    """A figure of so many panels, with `columns` in a line, and its axes. size: inches of each."""
+    lines = -(-count // columns)  # rounded up
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines))
+    axes = list(figure.subplots(lines, columns, squeeze=False, **share).flat)
+    for axis in axes[:count]:
+        axis.grid(alpha=0.3)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
+
+
+def band(axis, rows: list[dict], x: str, y: str, **style):
+    """Column y against column x: the mean over seeds as a line, their range as a band."""
+    points = sorted((place, [row[y] for row in some]) for place, some in grouped(rows, x).items())
+    places, values = zip(*points)
+    (line,) = axis.plot(places, [np.mean(v) for v in values], **style)
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    axis.fill_between(places, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def band_panels(lines: list[tuple], x: str, units: dict, xlabel: str, columns=3):
+    """A panel for every column of units, in which every line is a `band`.
+
+    lines: (label, rows, style) of each. units: column -> label of its axis.
+    """
+    figure, axes = panels(len(units), columns)
+    for axis, (column, unit) in zip(axes, units.items()):
+        for label, rows, style in lines:
+            band(axis, rows, x, column, label=label, **style)
+        axis.set(xlabel=xlabel, ylabel=unit)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path, columns=4):
+    """Write a picture. The legend of its first panel stands below, where it hides nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    where = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
+    figure.legend(handles, labels, frameon=False, **where)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    print(path)

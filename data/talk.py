@@ -1,0 +1,137 @@
+"""Talk to a trained model, or let all of them answer the same prompts.
+
+python gpt.py                              talk to the newest model in out/
+python gpt.py --prompt "What is 4-2?"      answer once
+python gpt.py --compare                    the same prompts, answered by every stage and variant
+python gpt.py --export DIR                 a folder that transformers loads (data/gpt2.py)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.chat import Reply, encode_opening, encode_prompt, question, sample_replies
+from data.gpt2 import export, load_init
+from data.run import STAGES, run_script, stage_of, start
+from data.tokenizer import load_tokenizer
+from data.town.tasks import SHOWN
+
+
+@dataclass
+class Config:
+    ckpt: str = ""  # checkpoint to talk to ("" = the newest in out/)
+    prompt: str = ""  # answer this and exit
+    compare: bool = False  # let every stage and variant in out/ answer
+    temperature: float = 0.7  # of sampling (0 = greedy)
+    top_k: int = 0  # keep the k likeliest tokens (0 = all)
+    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
+    max_new_tokens: int = 48  # longest response
+    seed: int = 0  # of sampling
+    export: str = ""  # folder to write the model to, for transformers, instead of talking
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
+    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
+    out: str = "out"  # folder of all runs
+
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p is a probability, above 0 and at most 1, not {self.top_p}")
+        if self.compare and self.export:
+            raise ValueError("--export writes one model: leave out --compare")
+
+
+class Speaker:
+    """A language model that answers prompts, each model in the way that it is used to."""
+
+    def __init__(self, path: str | Path, device="cpu"):
+        """path: a checkpoint, or what else --init may name. Exits if it is no language model."""
+        self.model, checkpoint = load_init(path, device)
+        self.tokenizer = load_tokenizer(checkpoint["tokenizer"])
+        self.is_base = checkpoint["stage"] == "pretrain"  # it has never seen the chat format
+        self.stop = self.tokenizer.eot if self.is_base else self.tokenizer.end
+
+    def encode(self, text: str) -> list[int]:
+        """A question to an assistant; to a base model, the opening of a document."""
+        if self.is_base:
+            return encode_opening(self.tokenizer, text)
+        return encode_prompt(self.tokenizer, question(text))
+
+    def answer(self, texts: list[str], max_new_tokens: int, seed: int, **how) -> list[Reply]:
+        """One reply to each text; how: temperature and the other options of `generate`."""
+        prompts = [self.encode(text) for text in texts]
+        return sample_replies(
+            self.model, self.tokenizer, prompts, max_new_tokens, seed, stop=self.stop, **how
+        )
+
+
+def find_checkpoints(out: str | Path) -> dict[str, tuple[str, Path]]:
+    """Every finished run in a folder, in the order of the stages: name -> (stage, checkpoint).
+
+    The first of a stage is the one without --name, then come its variants.
+    """
+    found = []
+    for path in Path(out).glob("*/ckpt.pt"):
+        try:
+            stage, name = stage_of(path), path.parent.name
+        except SystemExit as error:  # one damaged file says nothing of the others
+            print(f"left out: {error}")
+            continue
+        found.append((STAGES.index(stage), name != stage, name, stage, path))
+    return {name: (stage, path) for *_, name, stage, path in sorted(found)}
+
+
+def main(cfg: Config):
+    """Talk at the terminal, answer once, compare, or export."""
+    device = start(cfg)
+    if cfg.ckpt:
+        paths = {Path(cfg.ckpt).parent.name: Path(cfg.ckpt)}
+    else:
+        found = find_checkpoints(cfg.out)
+        paths = {name: path for name, (stage, path) in found.items() if stage != "rm"}
+        if not paths:
+            raise SystemExit(f"no model is in {cfg.out}/ yet: run `python train_pretrain.py` first")
+        if not cfg.compare:
+            newest = max(paths, key=lambda name: paths[name].stat().st_mtime)
+            paths = {newest: paths[newest]}
+    speakers = {name: Speaker(path, device) for name, path in paths.items()}
+
+    if cfg.export:
+        for name, speaker in speakers.items():
+            export(speaker.model, speaker.tokenizer, cfg.export)
+            print(f"{paths[name]} is in {cfg.export}/ now, with its tokenizer, for transformers")
+        return
+
+    def answer(text: str, seed: int):
+        """Print what every model says to text."""
+        how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        for name, speaker in speakers.items():
+            n_tokens, context = len(speaker.encode(text)), speaker.model.config.context
+            if n_tokens >= context:
+                print(f"that is {n_tokens} tokens, and the context of {name} has {context}")
+                continue
+            (reply,) = speaker.answer([text], cfg.max_new_tokens, seed, **how)
+            said = reply.text or "(nothing: for this model the text ends here)"
+            label = f"{name:9} " if len(speakers) > 1 else ""
+            print(label + said + ("" if reply.ended else " ..."))
+
+    if cfg.prompt:
+        answer(cfg.prompt, cfg.seed)
+    elif cfg.compare:
+        for text in SHOWN:
+            print(f"\n> {text}")
+            answer(text, cfg.seed)
+    else:
+        print(
+            f"You are talking to {', '.join(map(str, paths.values()))}. It answers every message "
+            "alone, since it was trained on single questions. Leave with Ctrl-D."
+        )
+        for turn in range(10**9):
+            try:
+                text = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if text:
+                answer(text, cfg.seed + turn)
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
