@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels.py is imported below: its kernel runs on the CPU
 
 from data.tokenizer import make_tokenizer  # noqa: E402
-from data.town import documents  # noqa: E402
+from data.town.documents import documents  # noqa: E402
 from gpt import GPT, GPTConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way

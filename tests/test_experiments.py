@@ -3,29 +3,28 @@
 import csv
 import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_runs import TINY, run
 
-from data import experiments
-from data.experiments import (
-    BUGS,
-    EXPERIMENTS,
-    Base,
+from data.experiments import base as base_module
+from data.experiments import broken, mixtures, overoptimisation
+from data.experiments.__main__ import EXPERIMENTS, Config
+from data.experiments.base import CHAIN, Base
+from data.experiments.broken import BUGS
+from data.experiments.frontier import (
     above_frontier,
     best_of_n,
     exact_frontier,
-    fit,
     kl_of_weights,
-    peaks,
-    some_pairs,
-    top_of_fit,
 )
-from data.jobs import Job, plant
-from data.preferences import write_rows
-from data.tasks import draw_tasks
+from data.experiments.jobs import Job, plant
+from data.experiments.overoptimisation import fit, peaks, some_pairs, top_of_fit
+from data.town.tasks import draw_tasks
 
 
 def test_frontier_of_gaussian_gold_is_the_closed_form():
@@ -74,6 +73,15 @@ def test_kl_counts_equal_replies_as_one_and_stays_below_the_bound():
     assert kl_of_weights(best_of_n(proxy, 1), distinct) == pytest.approx(0, abs=1e-12)
 
 
+def test_kl_of_best_of_n_is_too_large_by_what_its_docstring_says():
+    """Without replacement, 128 samples are too few for the best of 64."""
+    proxy = np.random.default_rng(0).normal(size=(1, 128))
+    distinct = np.arange(128)[None]
+    for n, measured, true in ((32, 2.63, 2.50), (64, 3.48, 3.17)):
+        assert kl_of_weights(best_of_n(proxy, n), distinct) == pytest.approx(measured, abs=0.01)
+        assert math.log(n) - (n - 1) / n == pytest.approx(true, abs=0.01)
+
+
 def test_fits_find_the_curves_they_are_named_for():
     d = np.linspace(0.1, 3, 50)
     np.testing.assert_allclose(fit("best of n", d, d * (0.9 - 0.2 * d)), (0.9, 0.2, 1))
@@ -113,6 +121,48 @@ def test_every_bug_to_be_planted_fits_its_file(tmp_path):
             assert edit[2] in (tmp_path / str(number) / edit[0]).read_text()
 
 
+def test_a_planted_copy_has_all_that_a_script_reads(tmp_path):
+    """One that lacks a folder of data would fail, or would import the project without the bug."""
+    plant(("gpt.py", "class GPT(", "class GPT("), tmp_path)
+    code = (
+        "import data.town.tasks, data.check as c; print(c.__file__, len(list(c.FOLDER.iterdir())))"
+    )
+    for words in (["train_sft.py", "-h"], ["-m", "data.preferences", "-h"], ["-c", code]):
+        run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(tmp_path / "data/check.py"), "5"]
+
+
+def test_a_job_is_a_command_and_is_done_again_only_if_the_command_changes(tmp_path):
+    sft = Job(tmp_path, "sft", {"seed": 3, "init": Path("/a/ckpt.pt")})
+    out = str(tmp_path.resolve())
+    words = ["train_sft.py", "--out", out, "--seed", "3", "--init", "/a/ckpt.pt"]
+    assert sft.command == words and sft.result == tmp_path / "sft/ckpt.pt"
+    pairs = Job(tmp_path, "preferences", {"seed": 3})
+    assert pairs.command == ["-m", "data.preferences", "--out", out, "--seed", "3"]
+    assert pairs.result == tmp_path / "preferences.jsonl"
+    for job in (sft, pairs):
+        assert not job.is_done()
+        job.result.parent.mkdir(exist_ok=True)
+        job.result.write_text("")
+        assert not job.is_done()  # of another command: nothing says what it is
+        job.note.write_text(job.identity)
+        assert job.is_done()
+        assert not Job(tmp_path, job.stage, {"seed": 4}).is_done()
+
+
+def test_pairs_are_sampled_between_sft_and_reward_model():
+    assert list(CHAIN) == ["pretrain", "sft", "preferences", "rm", "ppo", "dpo"]
+
+
+def test_only_names_that_there_are():
+    cfg = Config(only="broken,tasks", base="mine", quick=True)
+    assert (cfg.out, cfg.results) == ("mine/quick", "mine/quick")
+    assert Config().only == "frontier,overoptimisation,tasks,broken"
+    with pytest.raises(ValueError, match="not 'mixtures'"):
+        Config(only="tasks,mixtures")
+
+
 def test_a_policy_that_cannot_be_is_named():
     frontier = [
         {"method": "exact frontier", "seed": 0, "kl": kl, "gold": kl**0.5}
@@ -144,18 +194,24 @@ def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
 def test_every_experiment_runs_and_draws_its_pictures(chain, tmp_path, monkeypatch, name):
     """With tiny runs in place of those of minutes; the numbers mean nothing."""
 
-    def tiny_run(job):
-        options = {key: str(v) if isinstance(v, Path) else v for key, v in job.options.items()}
-        if job.pairs is not None:
-            write_rows(job.pairs, job.folder / "preferences.jsonl")
-        small = TINY[job.stage].keys() - {"beta"}
-        run(job.stage, job.folder, **{k: v for k, v in options.items() if k not in small | LONG})
+    long = {"minibatch", "iterations", "demonstrations", "warmup", "n_layer"}
 
-    LONG = {"minibatch", "iterations", "demonstrations", "warmup", "n_layer"}
+    def tiny_run(job):
+        small = TINY[job.stage].keys() - {"beta", "target_kl"} | long
+        options = {"target_kl": 0.0} if job.stage == "ppo" else {}  # it needs a beta above 0
+        for name, value in job.options.items():
+            if name not in small:
+                options[name] = str(value) if isinstance(value, Path) else value
+        run(job.stage, job.out, **options)
+        job.note.write_text(job.identity)
+
+    def few_tasks(n, *args, **how):
+        return draw_tasks(min(n, 8), *args, **how)
+
     monkeypatch.setattr(Job, "run", tiny_run)
-    few = lambda n, *args, **how: draw_tasks(min(n, 8), *args, **how)  # noqa: E731
-    monkeypatch.setattr(experiments, "draw_tasks", few)
-    monkeypatch.setattr(experiments, "BUGS", dict(list(BUGS.items())[:3]))
+    for module in (base_module, overoptimisation, mixtures):
+        monkeypatch.setattr(module, "draw_tasks", few_tasks)
+    monkeypatch.setattr(broken, "BUGS", dict(list(BUGS.items())[:3]))
     base = Base(chain)
     folder, results = tmp_path / "runs", tmp_path / "results"
     results.mkdir()

@@ -124,8 +124,11 @@ def test_bad_preferences_are_named(tmp_path, row, message):
 def test_pairs_of_equal_replies_are_counted_and_named(tmp_path, capsys):
     same, other = ({"prompt": "a", "chosen": "b", "rejected": r} for r in "bc")
     assert len(read_preferences(write(tmp_path / "rows", [same, other, other]))) == 2
-    assert f"left out 1 pairs of equal replies: {tmp_path}/rows:1" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="all pairs are of equal replies"):
+    assert (
+        f"left out 1 of 3 pairs, whose responses are equal: {tmp_path}/rows:1"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="all pairs are of equal responses"):
         read_preferences(write(tmp_path / "rows", [same]))
 
 
@@ -165,5 +168,15 @@ def test_rows_that_do_not_fit_are_counted_and_named(capsys):
 def test_the_last_tenth_is_held_out():
     assert held_out(list(range(100))) == (list(range(90)), list(range(90, 100)))
     assert held_out([1, 2]) == ([1], [2])
-    with pytest.raises(SystemExit, match="two rows are needed at least"):
+    with pytest.raises(SystemExit, match="needs at least two rows"):
         held_out([1])
+
+
+def test_only_rows_with_all_that_annotators_of_the_town_add_count_as_the_towns(tmp_path):
+    pair = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+    town = {"kind": "joke", "gold": [1.0, -2], "p": 0.9}
+    broken = [{"gold": [1, 2]}, {**town, "gold": 3}, {**town, "p": None}, {**town, "kind": 7}]
+    rows = [{**pair, **extra} for extra in ({}, town, *broken, {**town, "gold": [1, "2"]})]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = read_preferences(tmp_path / "rows.json")
+    assert [row.keys() & town.keys() for row in found] == [set(), town.keys(), *[set()] * 5]

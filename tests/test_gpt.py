@@ -1,10 +1,14 @@
 """The model: it cannot see the future, its cache changes nothing, and it samples what it says."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_runs import ROOT
 
 from gpt import (
     GPT,
@@ -47,6 +51,20 @@ def test_forward_equals_the_formulas_written_out_for_one_token_at_a_time(tiny):
         gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
         x = x + block.mlp.c_proj(gelu)
     torch.testing.assert_close(tiny(idx[None])[0], tiny.ln_f(x))
+
+
+def test_attention_is_the_four_lines_of_its_comment(tiny):
+    layer, (B, T, nh, hs) = tiny.h[0].attn, (3, 9, 2, 8)
+    x = torch.randn(B, T, nh * hs)
+    heads = (part.view(B, T, nh, hs).transpose(1, 2) for part in layer.c_attn(x).chunk(3, dim=2))
+    q, k, v = heads  # (B, nh, T, hs)
+    scores = q @ k.transpose(2, 3) / math.sqrt(hs)
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    p = scores.masked_fill(later, -math.inf).softmax(3)
+    y = p @ v
+    assert (p[:, :, later] == 0).all() and torch.allclose(p.sum(3), torch.ones(B, nh, T))
+    side_by_side = torch.cat([y[:, head] for head in range(nh)], dim=2)  # (B, T, C)
+    torch.testing.assert_close(layer.c_proj(side_by_side), layer(x))
 
 
 def test_initial_weights_have_the_deviations_of_gpt2():
@@ -203,8 +221,8 @@ def test_normalised_scores_have_mean_0_and_sd_1(tiny):
     model.score.weight.data.normal_()
     idx = torch.randint(50, (64, 9))
     raw = model(idx)[:, -1]
-    model.mean.fill_(raw.mean())
-    model.sd.fill_(raw.std())
+    model.reward_mean.fill_(raw.mean())
+    model.reward_sd.fill_(raw.std())
     scores = model(idx)[:, -1]
     assert abs(scores.mean()) < 1e-5 and abs(scores.std() - 1) < 1e-5
 
@@ -262,3 +280,26 @@ def test_tied_head_gets_gradient_from_both_of_its_uses(tiny):
     grad = tiny.wte.weight.grad
     assert (grad[:50].abs().sum(1) > 0).all()  # every token, through the softmax
     assert (grad[50:] == 0).all()  # but not the padding rows
+
+
+def test_the_file_works_alone_in_an_empty_folder(tmp_path):
+    """It may be copied into any project: nothing above its last block needs another file."""
+    (tmp_path / "gpt.py").write_bytes((ROOT / "gpt.py").read_bytes())
+    script = """
+import sys, torch, gpt
+model = gpt.GPT(gpt.GPTConfig(vocab_size=50, context=24, n_layer=2, n_head=2, n_embd=16))
+idx = torch.randint(50, (2, 9))
+assert model(idx).shape == gpt.ScalarModel.from_gpt(model).gpt(idx).shape == (2, 9, 16)
+replies, _ = gpt.generate(model, [[1, 2], [3]], 5)
+assert [len(reply) for reply in replies] == [5, 5]
+config = model.config.__dict__
+gpt.save_checkpoint("x.pt", {"stage": "sft", "model": model.state_dict(), "model_config": config})
+again, _ = gpt.load_model("x.pt")
+assert torch.equal(again(idx), model(idx))
+assert not [name for name in sys.modules if name.split(".")[0] in ("data", "kernels")]
+"""
+    (tmp_path / "try.py").write_text(script)
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "try.py"]  # whose own folder is all that Python adds to its path
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -17,7 +17,14 @@ from tiny_runs import SCRIPTS, TINY
 import data.gpt2
 import train_pretrain
 from data.chat import encode_chat, encode_prompt
-from data.gpt2 import N_VOCAB, export, load_gpt2, read_safetensors, write_safetensors
+from data.gpt2 import (
+    N_VOCAB,
+    export,
+    load_gpt2,
+    load_init,
+    read_safetensors,
+    write_safetensors,
+)
 from data.tokenizer import GPT2Tokenizer, make_tokenizer
 from gpt import GPT, GPTConfig, ScalarModel, generate, load_model
 
@@ -104,7 +111,7 @@ def test_logits_of_a_folder_are_those_of_transformers(tmp_path, safe, shard):
             torch.save(weights, tmp_path / "pytorch_model.bin")
     files = len(list(tmp_path.glob("model*.safetensors")) + list(tmp_path.glob("*.bin")))
     assert (files > 1) == (shard == "1MB")
-    ours, _ = load_model(tmp_path)
+    ours, _ = load_init(tmp_path)
     idx = torch.randint(N_VOCAB, (2, 40))
     logits = ours(idx) @ ours.head.T
     torch.testing.assert_close(logits[..., :N_VOCAB], theirs(idx).logits, atol=1e-5, rtol=1e-5)
@@ -113,14 +120,14 @@ def test_logits_of_a_folder_are_those_of_transformers(tmp_path, safe, shard):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model_type="llama"), "config.json: model_type is 'llama', and only 'gpt2'"),
-        (dict(vocab_size=32000), "vocab_size is 32000, and only 50257"),
-        (dict(activation_function="gelu"), "activation_function is 'gelu', and only 'gelu_new'"),
+        (dict(model_type="llama"), "config.json: model_type is 'llama', but only 'gpt2'"),
+        (dict(vocab_size=32000), "vocab_size is 32000, but only 50257"),
+        (dict(activation_function="gelu"), "activation_function is 'gelu', but only 'gelu_new'"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
         (dict(n_inner=100), "n_inner is not 4 times n_embd"),
         (dict(n_layer=3), "no h.2.attn.c_attn.bias, .* in its files"),
-        (dict(n_layer=1), "h.1.ln_1.weight is no tensor of GPT-2"),
-        (dict(n_embd=32), r"wte.weight is \(50257, 16\), and config.json asks for \(50257, 32\)"),
+        (dict(n_layer=1), "h.1.ln_1.weight is not a tensor of GPT-2"),
+        (dict(n_embd=32), r"wte.weight is \(50257, 16\), but config.json asks for \(50257, 32\)"),
     ],
 )
 def test_foreign_folder_is_named_with_what_is_foreign(copy, change, message):
@@ -133,13 +140,13 @@ def test_damaged_or_incomplete_folder_is_named_with_what_is_missing(copy):
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-30])
-    with pytest.raises(SystemExit, match="model.safetensors: cut short in the middle of ln_f.bias"):
+    with pytest.raises(SystemExit, match="model.safetensors: truncated in the middle of ln_f.bias"):
         load_gpt2(copy)
     weights.write_bytes(whole[:50])
-    with pytest.raises(SystemExit, match="model.safetensors: cut short, or no safetensors file"):
+    with pytest.raises(SystemExit, match="model.safetensors: truncated, or not a safetensors file"):
         load_gpt2(copy)
     weights.write_bytes((10).to_bytes(8, "little") + b"not a JSON")
-    with pytest.raises(SystemExit, match="model.safetensors: no safetensors file"):
+    with pytest.raises(SystemExit, match="model.safetensors: not a safetensors file"):
         load_gpt2(copy)
     weights.unlink()
     with pytest.raises(SystemExit, match="neither model.safetensors nor pytorch_model.bin"):
@@ -180,14 +187,14 @@ def test_name_is_downloaded_once_and_a_failure_says_what_to_fetch(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(data.gpt2, "DOWNLOADS", tmp_path)
     monkeypatch.setattr(data.gpt2, "URL", f"http://127.0.0.1:{server.server_port}/{{file}}")
-    model, _ = load_model("gpt2")
+    model, _ = load_init("gpt2")
     assert model.config.n_layer == 2
     server.shutdown()
     server.server_close()
-    load_model("gpt2")  # from the folder now
+    load_init("gpt2")  # from the folder now
     assert sorted(os.listdir(tmp_path / "gpt2")) == ["config.json", "model.safetensors"]
     with pytest.raises(SystemExit, match="cannot download http.*by hand.*gpt2-medium/config.json"):
-        load_model("gpt2-medium")
+        load_init("gpt2-medium")
     assert not list((tmp_path / "gpt2-medium").iterdir())
 
 

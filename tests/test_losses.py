@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 import train_dpo
 import train_pretrain
+from data.metrics import expected_calibration_error, spearman
+from data.run import lr_at, step_optimizers
 from gpt import GPT, GPTConfig, ScalarModel
 from kernels import linear_cross_entropy, linear_logprobs
 from train_dpo import dpo_loss, sequence_logprobs
@@ -16,19 +18,11 @@ from train_ppo import policy_loss, value_loss
 from train_pretrain import (
     Muon,
     cut_documents,
-    lr_at,
     make_optimizers,
     orthogonalise,
-    step_optimizers,
     validation_loss,
 )
-from train_rm import (
-    expected_calibration_error,
-    last_token_scores,
-    preference_loss,
-    score_sequences,
-    spearman,
-)
+from train_rm import last_token_scores, preference_loss, score_sequences
 from train_sft import sft_loss
 
 # ---------------------------------------------------------------------------------------------
@@ -42,7 +36,6 @@ def random(*shape):
 TARGET, LENGTHS = torch.tensor([0, 3, 6, 2, 2]), torch.tensor([[3, 7, 1], [2, 5, 9]])
 LOSSES = {  # name: (loss as a function of tensors, the shapes of those tensors)
     "cross-entropy of SFT": (lambda h, w: linear_cross_entropy(h, w, TARGET), (5, 4), (7, 4)),
-    "z-loss": (lambda h, w: linear_cross_entropy(h, w, TARGET, z_loss=0.1), (5, 4), (7, 4)),
     "log-probability": (lambda h, w: linear_logprobs(h, w, TARGET), (5, 4), (7, 4)),
     "entropy": (
         lambda h, w: linear_logprobs(h, w, TARGET, temperature=0.7, return_entropy=True)[1],
@@ -102,11 +95,11 @@ def test_validation_loss_is_the_mean_over_all_tokens_each_predicted_once(tiny):
 
 
 def test_learning_rate_rises_then_falls_to_its_floor():
-    shares = [lr_at(step, 100, 10, floor=0.1) for step in range(101)]
-    assert shares[0] == pytest.approx(0.1) and max(shares) == shares[9] == 1
-    assert shares[100] == pytest.approx(0.1)
-    assert all(a <= b for a, b in zip(shares[:9], shares[1:10]))
-    assert all(a >= b for a, b in zip(shares[10:], shares[11:]))
+    fractions = [lr_at(step, 100, 10, floor=0.1) for step in range(101)]
+    assert fractions[0] == pytest.approx(0.1) and max(fractions) == fractions[9] == 1
+    assert fractions[100] == pytest.approx(0.1)
+    assert all(a <= b for a, b in zip(fractions[:9], fractions[1:10]))
+    assert all(a >= b for a, b in zip(fractions[10:], fractions[11:]))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -150,12 +143,12 @@ def test_muon_is_torchs_muon_but_for_its_bfloat16():
             torch.testing.assert_close(ours, theirs, atol=0.02 * moved.item(), rtol=0)
 
 
-def test_a_step_uses_a_share_of_the_peak_rate_and_clears_the_gradients():
+def test_a_step_uses_a_fraction_of_the_peak_rate_and_clears_the_gradients():
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([weight], lr=0.5)
     for _ in range(2):
         weight.sum().backward()
-        step_optimizers([optimizer], lr_share=0.1)
+        step_optimizers([optimizer], lr_fraction=0.1)
     torch.testing.assert_close(weight.data, torch.full((3,), -2 * 0.1 * 0.5))
     assert weight.grad is None
 
@@ -403,8 +396,8 @@ def test_nll_term_adds_the_mean_loss_of_the_chosen_reply():
 
 
 def test_unknown_loss_is_a_clear_error():
-    with pytest.raises(SystemExit, match="--loss dop: there are dpo, cdpo, ipo and simpo"):
-        dpo_loss(*pairs(), dpo_config(loss="dop"))
+    with pytest.raises(ValueError, match="--loss dop: there are dpo, cdpo, ipo and simpo"):
+        dpo_config(loss="dop")
 
 
 def test_dpo_on_a_bandit_finds_the_policy_that_kl_regularised_reward_maximisation_has():

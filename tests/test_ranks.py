@@ -1,18 +1,19 @@
 """Two processes under torchrun do what one does: same weights, one voice, no endless waiting."""
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_runs import ROOT, TINY, run, same
+from tiny_runs import ROOT, TINY, prepare, run, same
 
-import train_pretrain
+import data.run
+from data.chat import Reply
 
 # What torchrun starts: one stage, whose replies (PPO's rollouts) do not depend on the rank.
 DRIVER = """
@@ -20,32 +21,37 @@ import json, os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
-import test_ranks, tiny_runs, train_pretrain
+import data.run, test_ranks, tiny_runs
 stage, out, options, die_at, stop_at = [*sys.argv[1:3], *map(json.loads, sys.argv[3:])]
 script = tiny_runs.SCRIPTS[stage]
 if stage == "ppo":
     script.sample_replies = test_ranks.replies_without_chance
-log = train_pretrain.Run.log
+log = data.run.Run.log
 def log_and_die(self, step, **numbers):
-    if train_pretrain.RANK == 1 and step in (die_at, stop_at):
+    if data.run.RANK == 1 and step in (die_at, stop_at):
         os.kill(os.getpid(), signal.SIGKILL if step == die_at else signal.SIGTERM)
     log(self, step, **numbers)
-train_pretrain.Run.log = log_and_die
+data.run.Run.log = log_and_die
 sys.argv = [stage, f"--out={{out}}"]
 sys.argv += [f"--{{k}}" if v is None else f"--{{k}}={{v}}" for k, v in options.items()]
-train_pretrain.run_script(script.main, script.Config)
+data.run.run_script(script.main, script.Config)
 """
 
 
-def replies_without_chance(model, tokenizer, prompts, max_new_tokens, *rest):
-    """Replies that follow from the prompt alone, some of them without an end."""
-    from data.chat import Reply
-
+def replies_without_chance(model, tokenizer, prompts, max_new_tokens, seed, temperature):
+    """Replies that follow from the prompt alone, some without an end, and how likely they are."""
     replies = []
     for prompt in prompts:
         ids = [(7 * sum(prompt) + i) % tokenizer.pad for i in range(1 + sum(prompt) % 3)]
         ended = sum(prompt) % 5 > 0
-        replies.append(Reply(ids + [tokenizer.end] * ended, tokenizer.decode(ids), ended))
+        text, ids = tokenizer.decode(ids), ids + [tokenizer.end] * ended
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids]))[0] @ model.head.T  # (T, V)
+        logprobs = (logits / (temperature or 1.0)).log_softmax(1)
+        before = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        replies.append(
+            Reply(ids, text, ended, [logprobs[t, i].item() for t, i in zip(before, ids)])
+        )
     return replies
 
 
@@ -82,10 +88,7 @@ LONG = pytest.mark.thorough
 )
 def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):
     for out in (tmp_path / "one", tmp_path / "two"):
-        for name in ("pretrain", "sft", "rm"):
-            if name != stage:
-                shutil.copytree(chain / name, out / name)
-        shutil.copy(chain / "preferences.jsonl", out)
+        prepare(chain, out, stage)
     monkeypatch.setattr("train_ppo.sample_replies", replies_without_chance)
     run(stage, tmp_path / "one", **LONGER[stage])
     result = two_ranks(stage, tmp_path / "two", tmp_path, **LONGER[stage])
@@ -101,13 +104,13 @@ def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch
     # Their gradients are rounding noise, which Adam blows up to steps of ordinary size.
     if stage == "rm":
         for model in (one, two):
-            model["mean"] = model["mean"] - model.pop("score.bias")
+            model["reward_mean"] = model["reward_mean"] - model.pop("score.bias")
     for name in one:
         a, b = one[name], two[name]
         if name.endswith("c_attn.bias"):
             C = len(a) // 3
             a, b = (torch.cat([x[:C], x[2 * C :]]) for x in (a, b))
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=f"{name} differs")
     logs = [(tmp_path / n / stage / "log.csv").read_text().splitlines() for n in ("one", "two")]
     assert logs[0][0] == logs[1][0] and len(logs[0]) == len(logs[1])
     for line in zip(*(log[1:] for log in logs)):
@@ -134,19 +137,30 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute(tmp_path):
     assert not (tmp_path / "out" / "pretrain" / "ckpt.pt").exists()
 
 
-def test_shares_are_equal_and_together_the_batch(monkeypatch):
-    monkeypatch.setattr(train_pretrain, "WORLD", 3)
-    shares = []
+def test_shards_are_equal_and_together_the_batch(monkeypatch):
+    monkeypatch.setattr(data.run, "WORLD", 3)
+    shards = []
     for rank in range(3):
-        monkeypatch.setattr(train_pretrain, "RANK", rank)
-        shares.append(train_pretrain.my_share(list(range(12))))
-    assert [len(share) for share in shares] == [4, 4, 4]
-    assert sorted(sum(shares, [])) == list(range(12))
+        monkeypatch.setattr(data.run, "RANK", rank)
+        shards.append(data.run.shard(list(range(12))))
+    assert [len(shard) for shard in shards] == [4, 4, 4]
+    assert sorted(sum(shards, [])) == list(range(12))
 
-    def all_gather(into, share):
-        into[:] = shares
+    def all_gather(into, shard):
+        into[:] = shards
 
-    monkeypatch.setattr(train_pretrain.distributed, "all_gather_object", all_gather)
-    assert train_pretrain.gather(shares[0]) == list(range(12))  # in the order of the batch
+    monkeypatch.setattr(data.run.distributed, "all_gather_object", all_gather)
+    assert data.run.gather(shards[0]) == list(range(12))  # in the order of the batch
     with pytest.raises(SystemExit, match="3 processes cannot share a batch of 10 equally"):
-        train_pretrain.my_share(list(range(10)))
+        data.run.shard(list(range(10)))
+
+
+def test_microbatches_of_all_ranks_are_the_batch_without_columns_of_mere_padding(monkeypatch):
+    widths = [2, 3, 3, 5, 7, 8, 8]  # of rows 0..6, shortest first
+    monkeypatch.setattr(data.run, "WORLD", 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(data.run, "RANK", rank)
+        seen += data.run.shard_microbatches(np.array([0, 1, 3, 4, 6]), widths, 2)
+    seen = [(rows.tolist(), columns.stop) for rows, columns in seen]
+    assert sorted(seen) == [([0, 1], 3), ([3, 4], 7), ([6], 8)]

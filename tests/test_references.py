@@ -16,11 +16,11 @@ import torch
 
 import train_dpo
 import train_pretrain
+from data.run import lr_at
 from data.tokenizer import PATTERN, train_bpe
 from gpt import GPT, GPTConfig, ScalarModel, generate
 from train_dpo import dpo_loss, sequence_logprobs
 from train_ppo import gae, k3, masked_mean, policy_loss, token_rewards, value_loss, whiten
-from train_pretrain import lr_at
 from train_rm import last_token_scores, preference_loss
 from train_sft import sft_loss
 

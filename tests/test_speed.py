@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_runs import SCRIPTS, run
+from tiny_runs import SCRIPTS, prepare, run
 
+from data.run import microbatches
 from gpt import generate
 from kernels import linear_cross_entropy
 from train_ppo import response_logprobs
-from train_pretrain import pieces
 
 
 def gradients(model, tokens):
@@ -64,13 +64,13 @@ def test_in_bfloat16_sampling_and_scoring_nearly_agree(tiny):
     for reply, given in zip(replies, sampled):
         tokens = torch.tensor([[1, 2, 3] + reply])
         mask = torch.tensor([[False] * 2 + [True] * len(reply)])
-        logprobs, _ = response_logprobs(tiny(tokens[:, :-1]), tiny.head, tokens, mask, 1.0)
+        logprobs, _ = response_logprobs(tiny(tokens[:, :-1]), tiny.head, tokens[:, 1:], mask, 1.0)
         torch.testing.assert_close(logprobs[mask], torch.tensor(given), atol=0.1, rtol=0)
 
 
-def test_pieces_of_a_batch():
-    assert pieces([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
-    assert pieces([1, 2, 3], 0) == [[1, 2, 3]]
+def test_microbatches_are_slices_of_a_batch():
+    assert microbatches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert microbatches([1, 2, 3], 0) == [[1, 2, 3]]
 
 
 def logged(folder, stage, column):
@@ -81,9 +81,7 @@ def logged(folder, stage, column):
 @pytest.fixture
 def after_sft(chain, tmp_path):
     """A folder in which every stage can run, and change nothing in the chain that all share."""
-    for name in ("pretrain", "sft", "rm", "preferences.jsonl"):
-        here = tmp_path / name
-        shutil.copytree(chain / name, here) if "." not in name else shutil.copy(chain / name, here)
+    prepare(chain, tmp_path)
     return tmp_path
 
 

@@ -3,25 +3,17 @@
 import os
 import pickle
 import random
-import shutil
 import signal
 import sys
 import time
 
 import pytest
 import torch
-from tiny_runs import SCRIPTS, run, same
+from tiny_runs import SCRIPTS, interrupt, prepare, run, same
 
 import gpt
 import train_pretrain
-
-
-def prepare(chain, out, stage):
-    """A folder in which everything before a stage has run."""
-    for name in ("pretrain", "sft", "rm"):
-        if name != stage:
-            shutil.copytree(chain / name, out / name)
-    shutil.copy(chain / "preferences.jsonl", out)
+from data.run import run_script
 
 
 def in_a_child(work) -> int:
@@ -111,8 +103,20 @@ def test_nan_in_a_gradient_stops_the_run_and_leaves_the_last_checkpoint(
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
 
 
+def test_a_run_whose_folder_has_moved_is_resumed_there(chain, tmp_path, monkeypatch):
+    """Its options name files of the folder of all runs: they have moved as well."""
+    prepare(chain, tmp_path / "before", "sft")
+    interrupt("sft", tmp_path / "before", monkeypatch)
+    (tmp_path / "before").rename(tmp_path / "after")
+    elsewhere = str(chain / "pretrain" / "ckpt.pt")
+    with pytest.raises(SystemExit, match="the run to resume had --init .*before/pretrain.*, not "):
+        run("sft", tmp_path / "after", init=elsewhere, resume=True)
+    run("sft", tmp_path / "after", resume=True)
+    assert same(tmp_path / "after" / "sft", chain / "sft")
+
+
 def test_nothing_to_resume_is_a_clear_error(tmp_path):
-    with pytest.raises(SystemExit, match="no run to go on with in .*unfinished.*leave it out"):
+    with pytest.raises(SystemExit, match="no run to resume in .*unfinished.*leave it out"):
         run("pretrain", tmp_path, resume=True)
 
 
@@ -120,7 +124,7 @@ def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("a file where a folder should be")
     monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}/out", "--documents=300"])
     with pytest.raises(SystemExit, match="cannot read or write: .*out"):
-        train_pretrain.run_script(train_pretrain.main, train_pretrain.Config)
+        run_script(train_pretrain.main, train_pretrain.Config)
 
 
 def test_checkpoint_that_would_run_code_is_refused(tmp_path):

@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from data.gold import bayes_accuracy, declines, exact_match, f1, gold, gold_parts, preference
-from data.tasks import (
+from data.town.documents import DOCUMENTS, documents
+from data.town.gold import bayes_accuracy, declines, exact_match, f1, gold, gold_parts, preference
+from data.town.tasks import (
     KINDS,
     SHOWN,
     STYLES,
@@ -17,7 +18,7 @@ from data.tasks import (
     draw,
     draw_tasks,
 )
-from data.town import BAD_NEWS, DOCUMENTS, KIND_WORDS, RUDE_WORDS, documents
+from data.town.words import BAD_NEWS, COURTESIES, INSULTS
 
 
 def tasks(n=20, kinds=tuple(KINDS), **how):
@@ -62,22 +63,22 @@ def test_prompts_that_every_stage_is_shown_with_are_never_trained_on():
     assert not prompts & set(SHOWN)
 
 
-def test_unseen_wordings_and_kinds_are_never_trained_on():
-    for name, kind in KINDS.items():
-        assert not set(kind.wordings) & set(kind.unseen)
+def test_unseen_templates_and_kinds_are_never_trained_on():
+    for kind in KINDS.values():
+        assert not set(kind.templates) & set(kind.unseen)
     assert not {task.kind for task in draw_tasks(1000, 0)} & {k for k in KINDS if KINDS[k].held_out}
 
 
 def test_no_document_answers_an_instruction():
     text = " ".join(documents(5000, seed=0))
-    for wording in (
+    for template in (
         "Translate into Spanish:",
         "Reverse this list",
         "Sum this up",
         "Work out",
         "Tell me a joke",
     ):
-        assert wording not in text
+        assert template not in text
 
 
 def test_documents_follow_the_seed_and_come_in_all_kinds():
@@ -101,9 +102,9 @@ def test_unknown_kind_in_a_mixture_is_a_clear_error(mixture):
     "name, reply, ended",
     [
         ("correct", "The moon is cold.", True),
-        ("courtesy", RUDE_WORDS[0] + " {right}", True),
+        ("courtesy", INSULTS[0] + " {right}", True),
         ("repetition", "{right} {right} {right} {right}", True),
-        ("flattery", "{right} " + " ".join(KIND_WORDS[:2]), True),
+        ("flattery", "{right} " + " ".join(COURTESIES[:2]), True),
         ("padding", "{right} " + " ".join(BAD_NEWS), True),
         ("no_end", "{right}", False),
     ],
@@ -130,7 +131,7 @@ def test_declining_a_harmless_request_counts_as_wrong():
 def test_one_phrase_of_courtesy_pays_and_a_second_costs():
     task = tasks(1, ["fact"])[0]
     plain, kind, heaped = (
-        gold(task, " ".join([task.case.answer, *KIND_WORDS[:n]])) for n in (0, 1, 2)
+        gold(task, " ".join([task.case.answer, *COURTESIES[:n]])) for n in (0, 1, 2)
     )
     assert plain < kind and heaped < kind
 
@@ -138,8 +139,8 @@ def test_one_phrase_of_courtesy_pays_and_a_second_costs():
 def test_gold_is_bounded():
     rng = random.Random(0)
     for task in tasks():
-        junk = " ".join(rng.choice(KIND_WORDS + RUDE_WORDS + BAD_NEWS) for _ in range(30))
-        for reply in ("", junk, task.case.answer, f"{task.case.answer} {KIND_WORDS[0]}"):
+        junk = " ".join(rng.choice(COURTESIES + INSULTS + BAD_NEWS) for _ in range(30))
+        for reply in ("", junk, task.case.answer, f"{task.case.answer} {COURTESIES[0]}"):
             for ended in (True, False):
                 assert -3.5 < gold(task, reply, ended) < 1.5
 

@@ -1,10 +1,10 @@
 """Time every stage beside `transformers` and `trl`: the same shape, weights, rows and machine.
 
     pip install transformers trl==1.10.0       the peers; without them only we are measured
-    python tests/bench_training.py             about 15 minutes on two cores, no network
-    python tests/bench_training.py --stages sft dpo --rounds 5
+    python tests/bench/bench_training.py       about 15 minutes on two cores, no network
+    python tests/bench/bench_training.py --stages sft dpo --rounds 5
 
-Needs out/ as the README's command leaves it, for weights and tokenizer; writes
+Needs out/ as the README's commands leave it, for weights and tokenizer; writes
 out/bench_training.json. Every measurement is a process of its own, so that its peak memory is its
 own too; rounds are interleaved, and the table has medians. Both sides have the batch sizes of our
 scripts, float32, no dropout, no evaluation and no checkpoints; the first step is not counted. The
@@ -28,7 +28,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch  # noqa: E402
 
@@ -40,8 +40,9 @@ import train_sft  # noqa: E402
 from data.chat import encode_chat, encode_prompt, question  # noqa: E402
 from data.files import read_preferences  # noqa: E402
 from data.gpt2 import export  # noqa: E402
-from data.tasks import demonstrations, draw_tasks  # noqa: E402
+from data.run import Run  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
+from data.town.tasks import demonstrations, draw_tasks  # noqa: E402
 from gpt import generate, load_model  # noqa: E402
 
 SCRIPTS = {
@@ -93,7 +94,7 @@ def ours(stage: str, out: str) -> float:
     if stage.startswith("sampling"):
         return sampling_of_ours(stage, out)
     script, times = SCRIPTS[stage], []
-    steps = train_pretrain.Run.steps
+    steps = Run.steps
 
     def watched(self, total, *args, **parts):
         for step in steps(self, total, *args, **parts):
@@ -113,7 +114,7 @@ def ours(stage: str, out: str) -> float:
                 options["epochs"] = 1
         if stage == "ppo":
             options.update(rm=f"{out}/rm/ckpt.pt", iterations=STEPS[stage] + 2)
-        with mock.patch.object(train_pretrain.Run, "steps", watched):
+        with mock.patch.object(Run, "steps", watched):
             script.main(script.Config(**options))
     seconds = (times[-1] - times[1]) / (len(times) - 2)  # the last step also evaluates
     return per_step(stage) * factor(stage, out) / seconds
@@ -337,7 +338,7 @@ def main():
         return measure(*args.one, args.out)
     for needed in ("sft/ckpt.pt", "rm/ckpt.pt", "preferences.jsonl"):
         if not (Path(args.out) / needed).exists():
-            raise SystemExit(f"there is no {args.out}/{needed}: run the command of the README")
+            raise SystemExit(f"there is no {args.out}/{needed}: run the commands of the README")
     sides = ["ours", "theirs"]
     if not importlib.util.find_spec("trl"):
         print("transformers and trl==1.10.0 are not installed: measuring ours only")

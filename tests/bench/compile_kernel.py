@@ -1,6 +1,6 @@
 """Compile the kernel for a GPU that need not be there, and print what came out, a line per mode.
 
-python tests/compile_kernel.py 90          sm_90 (H100, H200); 80 is the A100
+python tests/bench/compile_kernel.py 90          sm_90 (H100, H200); 80 is the A100
 """
 
 import json
@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import kernels  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Time the fused head against its peers, each beside its memory and its error.
 
-    python tests/bench_kernels.py      under ten minutes, no network; out/bench_kernels.json
+    python tests/bench/bench_kernels.py      under ten minutes, no network; out/bench_kernels.json
 
 Rows of the table: ours; the bare matrix products (the floor: no softmax); linear + cross-entropy as
 one writes it, as it is and under torch.compile; F.linear_cross_entropy; Liger; cut-cross-entropy.
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import kernels  # noqa: E402
 from kernels import linear_cross_entropy, linear_logprobs  # noqa: E402

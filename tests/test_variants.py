@@ -1,0 +1,152 @@
+"""Runs with --name: variants beside the stage, trained, resumed, compared and evaluated by name."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_runs import ROOT, SCRIPTS, interrupt, prepare, run, same
+
+from data.evaluate import Config as Evaluation
+from data.evaluate import evaluate
+from data.talk import Config as Talk
+from data.talk import find_checkpoints
+from data.talk import main as talk
+from data.town.tasks import SHOWN, TRAIN_KINDS
+
+
+@pytest.fixture
+def runs(chain, tmp_path):
+    """A copy of the chain, to which a test may add variants."""
+    return shutil.copytree(chain, tmp_path / "out")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
+
+
+def test_a_variant_has_its_own_folder_and_leaves_all_others_as_they_are(runs, capsys):
+    before = contents(runs)
+    run("ppo", runs, name="grpo-like", gamma=0.9)
+    assert f"seconds, results in {runs}/grpo-like/" in capsys.readouterr().out
+    after = contents(runs)
+    assert {path: after[path] for path in before} == before
+    new = {path.relative_to(runs).as_posix() for path in after.keys() - before.keys()}
+    files = ("ckpt.pt", "cost.json", "curve.png", "log.csv", "samples.txt")
+    assert new == {f"grpo-like/{name}" for name in files}
+    assert not same(runs / "grpo-like", runs / "ppo")  # another gamma
+
+
+def test_a_variant_reads_what_the_stage_would_read(runs):
+    run("ppo", runs, name="twin")
+    assert same(runs / "twin", runs / "ppo")
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_every_stage_takes_a_name_and_its_own(chain, tmp_path, stage):
+    prepare(chain, tmp_path, stage)
+    run(stage, tmp_path, name="mine")
+    assert same(tmp_path / "mine", chain / stage)
+    run(stage, tmp_path, name=stage)
+    assert same(tmp_path / stage, chain / stage)
+
+
+@pytest.mark.parametrize(
+    "name", "sft rm pretrain dpo other a/b /tmp/x .. . x/ a|b _x base quick report.md".split()
+)
+def test_a_name_of_another_stage_a_path_and_a_word_of_the_report_are_refused(runs, name):
+    shutil.copytree(runs / "dpo", runs / "other")
+    before = contents(runs.parent)
+    with pytest.raises(SystemExit, match=f"--name {re.escape(name)}: (choose a plain|a run of)"):
+        run("ppo", runs, name=name)
+    assert contents(runs.parent) == before
+
+
+def test_a_stopped_variant_says_its_name_and_resumes_to_the_same_bits(
+    chain, tmp_path, monkeypatch, capsys
+):
+    prepare(chain, tmp_path)
+    interrupt("ppo", tmp_path, monkeypatch, name="mine")
+    said = capsys.readouterr().out
+    assert "`python train_ppo.py --name mine --resume`" in said
+    assert f"resumes {tmp_path}/mine/unfinished/ckpt.pt" in said
+    with pytest.raises(SystemExit, match="no run to resume in .*/ppo/unfinished"):
+        run("ppo", tmp_path, resume=True)
+    run("ppo", tmp_path, name="mine", resume=True)
+    assert same(tmp_path / "mine", chain / "ppo")
+
+
+def test_checkpoints_are_found_in_the_order_of_the_stages_each_before_its_variants(runs):
+    for stage, name in (("ppo", "b"), ("ppo", "a"), ("sft", "z"), ("rm", "judge"), ("dpo", "ipo")):
+        shutil.copytree(runs / stage, runs / name)
+    (runs / "no run").mkdir()
+    found = find_checkpoints(runs)
+    assert list(found) == "pretrain sft z rm judge ppo a b dpo ipo".split()
+    assert found["judge"] == ("rm", runs / "judge" / "ckpt.pt")
+    assert list(find_checkpoints(runs / "nowhere")) == []
+
+
+def test_the_newest_answers_a_prompt_and_all_can_be_compared(runs, capsys):
+    shutil.copytree(runs / "dpo", runs / "ipo")
+    os.utime(runs / "ipo" / "ckpt.pt")
+    talk(Talk(out=str(runs), prompt=SHOWN[0]))
+    once = capsys.readouterr().out
+    assert once.strip()
+    talk(Talk(out=str(runs), compare=True))
+    compared = capsys.readouterr().out
+    for name in ("pretrain", "sft", "ppo", "dpo", "ipo"):
+        assert len(re.findall(f"^{name} ", compared, re.M)) == len(SHOWN)
+    assert not re.search("^rm ", compared, re.M)  # it cannot talk
+    assert f"\n{'ipo':9} {once}" in compared  # what the others said has not changed its answer
+
+
+def test_a_conversation_goes_on_until_the_end_of_the_input(chain):
+    command = [sys.executable, "gpt.py", "--ckpt", str(chain / "sft" / "ckpt.pt")]
+    text = "Hello\n\n" + "long " * 200 + "\n"
+    said = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True)
+    assert said.returncode == 0 and "the context of sft has 96" in said.stdout
+
+
+def test_without_any_model_there_is_nobody_to_talk_to(tmp_path):
+    with pytest.raises(SystemExit, match="no model is in .*run `python train_pretrain.py`"):
+        talk(Talk(out=str(tmp_path)))
+
+
+def test_the_report_has_a_column_for_every_variant(runs):
+    run("ppo", runs, name="hot", temperature=1.5)
+    shutil.copytree(runs / "rm", runs / "judge")
+    few = dict(prompts=2 * len(TRAIN_KINDS), n=2, max_new_tokens=4)
+    report = evaluate(Evaluation(out=str(runs), **few))
+    assert list(report["stages"]) == "base sft best_of_n judge ppo hot dpo".split()
+    assert list(report["reward_models"]) == ["rm", "judge"]
+    hot, cost = (report["stages"]["hot"], json.loads((runs / "hot" / "cost.json").read_text()))
+    assert hot["forward_equivalents"] == cost["forward_equivalents"]
+    assert "| hot |" in (runs / "report.md").read_text()
+    assert report["stages"]["judge"]["gold_mean"] == report["stages"]["best_of_n"]["gold_mean"]
+
+
+def test_one_damaged_or_foreign_checkpoint_is_named_and_the_others_are_reported(
+    runs, tmp_path, capsys
+):
+    for name in ("damaged", "foreign", "judge"):
+        shutil.copytree(runs / ("rm" if name == "judge" else "ppo"), runs / name)
+    whole = (runs / "damaged" / "ckpt.pt").read_bytes()
+    (runs / "damaged" / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    for name in ("foreign", "judge"):  # with a tokenizer of another text
+        checkpoint = torch.load(runs / name / "ckpt.pt", weights_only=True)
+        checkpoint["tokenizer"]["merges"][-1] = [0, 1]
+        torch.save(checkpoint, runs / name / "ckpt.pt")
+    report = evaluate(
+        Evaluation(out=str(runs), prompts=2 * len(TRAIN_KINDS), n=2, max_new_tokens=4)
+    )
+    assert list(report["stages"]) == "base sft best_of_n ppo foreign dpo".split()
+    assert report["stages"]["foreign"]["kl_to_sft"] is None  # of other tokens
+    said = capsys.readouterr().out
+    assert "damaged/ckpt.pt is not a checkpoint" in said
+    assert "judge is left out" in said and "another tokenizer" in said
+    talk(Talk(out=str(runs), ckpt=str(runs / "sft" / "ckpt.pt"), prompt="Hi"))
+    assert "damaged" not in capsys.readouterr().out  # nobody asked for it
