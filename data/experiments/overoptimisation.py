@@ -62,6 +62,8 @@ def overoptimisation(out: Path, results: Path, bases: list[Base], quick: bool):
     write_csv(rows, results / "overoptimisation.csv")
     write_csv(peaks(rows), results / "peaks.csv")
     draw_overoptimisation(rows, results / "overoptimisation.png")
+    two = [row for row in rows if row["judge"] in ("250 pairs, 35 % flipped", "4,000 pairs")]
+    draw_overoptimisation(two, results / "overoptimisation_two.png")
 
 
 def without_penalty(out: Path, judge: str, base: Base, seed, pairs, quick) -> list[Job]:
