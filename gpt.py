@@ -16,16 +16,26 @@ Notation, here and in all files:
 `python gpt.py` talks to a trained model: see data/talk.py.
 """
 
+import hashlib
+import json
 import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something that a user can mend, such as a file that is not what it should be.
+
+    A program shows its message alone (see run_script in data/run.py), a notebook a traceback.
+    """
 
 
 @dataclass
@@ -380,10 +390,30 @@ def generate(
 # Checkpoints
 
 
+def fingerprint(*things) -> str:
+    """16 hexadecimal digits that are the same for equal things, and for hardly any others.
+
+    things: weights (a dict of tensors, in any order), arrays, and whatever JSON can hold. What a
+    model was made from is kept with it in this form, to be compared later.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for thing in things:
+        if isinstance(thing, np.ndarray):
+            digest.update(f"{thing.dtype}{thing.shape}".encode())
+            digest.update(np.ascontiguousarray(thing))
+        elif isinstance(thing, dict) and any(isinstance(x, torch.Tensor) for x in thing.values()):
+            for name, tensor in sorted(thing.items()):
+                digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(json.dumps(thing, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def save_checkpoint(path: str | Path, checkpoint: dict):
     """Write a dict of plain values and tensors; readers see the old file or the new, never half.
 
-    Exits with a message if it cannot be written (a full disk, a read-only folder); the file that
+    Raises InputError if it cannot be written (a full disk, a read-only folder); the file that
     was there before is then still there.
     """
     path, partial = Path(path), Path(f"{path}.tmp")
@@ -393,11 +423,11 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         partial.unlink(missing_ok=True)
-        raise SystemExit(f"cannot save {path}: {error}. An earlier file there is untouched.")
+        raise InputError(f"cannot save {path}: {error}. An earlier file there is untouched.")
 
 
 def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
-    """Read a checkpoint without unpickling code. Exits with a message if that is impossible.
+    """Read a checkpoint without unpickling code. Raises InputError if that is impossible.
 
     mmap: leave the weights on disk until they are used.
     """
@@ -406,26 +436,29 @@ def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
         message, stage = f"there is no checkpoint {path}", path.parent.name
         if stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
             message += f": run `python train_{stage}.py` first, or name another checkpoint"
-        raise SystemExit(message)
+        raise InputError(message)
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         checkpoint["stage"], checkpoint["model"], checkpoint["model_config"]
     except Exception as error:  # truncated, a pickle with code in it, some other file
-        raise SystemExit(f"{path} is not a checkpoint of this project: {str(error)[:200]}")
+        raise InputError(f"{path} is not a checkpoint of this project: {str(error)[:200]}")
     return checkpoint
 
 
 def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dict]:
-    """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries.
+    """The model in a checkpoint, in evaluation mode, and the checkpoint's other entries, to which
+    the `fingerprint` of the model and its tokenizer is added.
 
-    kind: GPT, or ScalarModel for a reward model. Exits if the checkpoint holds the other.
+    kind: GPT, or ScalarModel for a reward model. Raises InputError if the checkpoint holds the
+    other.
     """
     checkpoint = load_checkpoint(path, device)
     if (checkpoint["stage"] == "rm") != (kind is ScalarModel):
         found = "a language model" if kind is ScalarModel else "a reward model"
-        raise SystemExit(f"{path} is {found}: another checkpoint is needed here")
+        raise InputError(f"{path} is {found}: another checkpoint is needed here")
     model = kind(GPTConfig(**checkpoint["model_config"]))
     load_weights(model, checkpoint.pop("model"), path)
+    checkpoint["fingerprint"] = fingerprint(model.state_dict(), checkpoint["tokenizer"])
     return model.to(device).eval(), checkpoint
 
 
@@ -435,7 +468,7 @@ def load_weights(model: nn.Module, weights: dict, where: str | Path):
     for name in sorted(wanted.keys() | weights.keys()):
         ours, theirs = (tuple(w[name].shape) if name in w else None for w in (wanted, weights))
         if ours != theirs:
-            raise SystemExit(f"{where}: {name} is {theirs} there and {ours} in this model")
+            raise InputError(f"{where}: {name} is {theirs} there and {ours} in this model")
     model.load_state_dict(weights)
 
 

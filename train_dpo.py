@@ -18,9 +18,9 @@ Why this is RLHF, in four lines:
 
 Put the last line into the loss of train_rm.py, and the policy is its own reward model.
 
-In the log, `chosen` and `rejected` are log-ratios to the reference in nats, `margin` is beta h, and
-`accuracy` its sign, whatever the --loss. Watch the first two: the loss only asks for their
-difference, and usually both fall.
+In the log, `chosen` and `rejected` are log-ratios to the reference in nats, and `accuracy` is how
+often the `margin` is above 0, which is beta h (with --loss simpo, that loss's own). Watch the first
+two: the loss only asks for their difference, and usually both fall.
 
 References: Rafailov et al. 2023; Azar et al. 2023 (IPO); Meng et al. 2024 (SimPO); Mitchell 2023
 (cDPO); Pang et al. 2024 (+ NLL). Differs in: size; the reference is run once, before training.
@@ -123,23 +123,31 @@ def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.
     return logprobs.view_as(target).sum(1)
 
 
-def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
-    """The loss of every pair, (B,). The arguments are (2, B): chosen, then rejected.
+def dpo_margin(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
+    """By how much more the policy, as its own reward model, gives to chosen than to rejected: (B,).
 
-    logprobs and ref_logprobs are sums over a response; lengths count its tokens, with end-of-turn.
+    logprobs and ref_logprobs (2, B) are sums over a response, of chosen and of rejected; lengths
+    (2, B) count its tokens, with end-of-turn.
     """
+    if cfg.loss == "simpo":  # Meng et al. 2024, equation 4: per token, and no reference
+        return cfg.beta * (logprobs[0] / lengths[0] - logprobs[1] / lengths[1])
     chosen, rejected = logprobs - ref_logprobs
-    chosen_mean, rejected_mean = logprobs / lengths
-    h, beta, eps = chosen - rejected, cfg.beta, cfg.label_smoothing
+    return cfg.beta * (chosen - rejected)  # Rafailov et al. 2023: beta h
+
+
+def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
+    """The loss of every pair, (B,). The arguments are those of `dpo_margin`."""
+    margin, eps = dpo_margin(logprobs, ref_logprobs, lengths, cfg), cfg.label_smoothing
     if cfg.loss == "dpo":  # Rafailov et al. 2023, equation 7
-        loss = -F.logsigmoid(beta * h)
+        loss = -F.logsigmoid(margin)
     elif cfg.loss == "cdpo":  # Mitchell 2023: labels are wrong with probability eps
-        loss = -(1 - eps) * F.logsigmoid(beta * h) - eps * F.logsigmoid(-beta * h)
+        loss = -(1 - eps) * F.logsigmoid(margin) - eps * F.logsigmoid(-margin)
     elif cfg.loss == "ipo":  # Azar et al. 2023, equation 17: a target, so h cannot run away
-        loss = (h - 1 / (2 * beta)) ** 2
-    elif cfg.loss == "simpo":  # Meng et al. 2024, equation 6: per token, and no reference
-        loss = -F.logsigmoid(beta * (chosen_mean - rejected_mean) - cfg.simpo_margin)
-    return loss - cfg.nll * chosen_mean  # Pang et al. 2024: keeps chosen from becoming unlikely
+        loss = (margin / cfg.beta - 1 / (2 * cfg.beta)) ** 2
+    elif cfg.loss == "simpo":  # Meng et al. 2024, equation 6
+        loss = -F.logsigmoid(margin - cfg.simpo_margin)
+    # Pang et al. 2024: a term that keeps chosen from becoming unlikely
+    return loss - cfg.nll * logprobs[0] / lengths[0]
 
 
 PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
@@ -217,12 +225,14 @@ def main(cfg: Config) -> dict:
     count(all_rows, passes=1)
 
     def losses_of(batch: list[dict]):
-        """(losses (B,), log-ratios (2, B) of chosen and rejected) of some rows."""
+        """Of some rows: losses (B,); margins and log-ratios of chosen and rejected, (3, B)."""
         tokens, mask = both_sides(batch)
         logprobs = sequence_logprobs(model, tokens, mask).view(2, -1)  # (2, B)
         ref_logprobs = torch.stack([row["ref_logprobs"] for row in batch], dim=1)  # (2, B)
         lengths = mask.sum(1).view(2, -1)  # (2, B)
-        return dpo_loss(logprobs, ref_logprobs, lengths, cfg), (logprobs - ref_logprobs).detach()
+        margins = dpo_margin(logprobs, ref_logprobs, lengths, cfg)
+        measured = torch.stack([margins, *(logprobs - ref_logprobs)]).detach()
+        return dpo_loss(logprobs, ref_logprobs, lengths, cfg), measured
 
     # ---- held-out prompts to sample on: of the town, where there is a gold reward, or of the file
     of_town = all("gold" in row for row in rows)
@@ -236,8 +246,8 @@ def main(cfg: Config) -> dict:
     def evaluate() -> dict:
         """Held-out pairs, and what the model says by itself: the loss knows nothing of that."""
         by_length = sorted(test_rows, key=lambda row: row["length"])
-        losses, log_ratios = zip(*(losses_of(batch) for batch in microbatches(by_length, 64)))
-        chosen, rejected = torch.cat(log_ratios, 1)  # (2, N)
+        losses, measured = zip(*(losses_of(batch) for batch in microbatches(by_length, 64)))
+        margins = torch.cat(measured, 1)[0]  # (N,)
         # A policy can widen every margin and still forget how to answer: length, no_end and gold
         # are those of its own samples.
         replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
@@ -248,7 +258,7 @@ def main(cfg: Config) -> dict:
         kl = sequence_logprobs(model, *sampled) - sequence_logprobs(ref, *sampled)
         numbers = {
             "val_loss": torch.cat(losses).mean().item(),
-            "val_accuracy": (chosen > rejected).float().mean().item(),
+            "val_accuracy": (margins > 0).float().mean().item(),
             "kl": kl.mean().item(),
             "length": np.mean([len(reply.ids) for reply in replies]),
             "no_end": np.mean([not reply.ended for reply in replies]),
@@ -259,34 +269,28 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
-        my_rows = [rows[i] for i in shard(batches[step])]
-        loss, log_ratios = 0.0, []
-        for microbatch in microbatches(my_rows, cfg.microbatch):
-            losses, microbatch_log_ratios = losses_of(microbatch)
-            (losses.sum() / len(my_rows)).backward()  # adds to the gradients that are there
-            loss += losses.sum().item() / len(my_rows)
-            log_ratios.append(microbatch_log_ratios)
-        chosen, rejected = log_ratios = torch.cat(log_ratios, 1)  # (2, B)
+        batch = [rows[i] for i in batches[step]]
+        pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
+        sums = torch.zeros(4, device=device)  # loss, margin, log-ratios of chosen and rejected
+        n_right, worst = 0.0, 0.0
+        for microbatch in microbatches(shard(batch), cfg.microbatch):
+            losses, measured = losses_of(microbatch)
+            (losses.sum() / pairs_per_rank).backward()  # adds to the gradients that are there
+            sums += torch.cat([losses.detach()[None], measured]).sum(1)
+            n_right += (measured[0] > 0).sum().item()
+            worst = max(worst, measured[1:].abs().max().item())
+        names = ("loss", "margin", "chosen", "rejected")
+        numbers = dict(zip(names, (sums / pairs_per_rank).tolist()))
+        numbers = mean_over_ranks(device, **numbers, accuracy=n_right / pairs_per_rank)
         if step == 0:
-            rounding = (
-                0.2 if cfg.bf16 else 1e-2
-            )  # of a mean; a sum over one response may be off more
-            assert log_ratios.abs().max() < 5 * rounding, (
-                "policy and reference are not the same yet"
-            )
+            # of a mean; the sum over one response may be off by more
+            rounding = 0.2 if cfg.bf16 else 1e-2
+            assert worst < 5 * rounding, "policy and reference are not the same yet"
             if cfg.loss == "dpo" and not cfg.nll:
-                assert abs(loss - math.log(2)) < rounding, "margin 0, so the loss is ln 2"
-        grad_norm = average_gradients(model, cfg.grad_clip)
-        numbers = {
-            "loss": loss,
-            "margin": cfg.beta * (chosen - rejected).mean(),
-            "accuracy": (chosen > rejected).float().mean(),
-            "chosen": chosen.mean(),
-            "rejected": rejected.mean(),
-        }
-        run.log(step, **mean_over_ranks(device, **numbers), grad_norm=grad_norm)
+                assert abs(numbers["loss"] - math.log(2)) < rounding, "margin 0: loss ln 2"
+        run.log(step, **numbers, grad_norm=average_gradients(model, cfg.grad_clip))
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
-        count([rows[i] for i in batches[step]], passes=3)  # forward 1, backward 2
+        count(batch, passes=3)  # forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             numbers = evaluate()

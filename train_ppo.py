@@ -59,7 +59,7 @@ from data.run import (
 from data.tokenizer import load_tokenizer
 from data.town.gold import final_answer, gold
 from data.town.tasks import SHOWN, draw_tasks, task_rows
-from gpt import ScalarModel, load_model
+from gpt import InputError, ScalarModel, load_model
 from kernels import linear_logprobs
 from train_rm import score_sequences
 
@@ -262,26 +262,28 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
 
     Rows of the town also have the "task" that gold needs, rows of a file an "answer" if it has one.
     """
+
+    def encode(rows: list[dict]) -> list[dict]:
+        for row in rows:
+            row["ids"] = encode_prompt(tokenizer, row["messages"])
+            if cfg.reward == "exact" and not row.get("answer"):
+                raise InputError(f"{row['where']}: --reward exact needs a reply to compare with")
+        lengths = [len(row["ids"]) for row in rows]
+        return keep_fitting(rows, lengths, longest, "the context minus max_new_tokens,")
+
     if cfg.data:
-        rows, test_rows = held_out(read_prompts(cfg.data))
-    else:
-        rows = task_rows(draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}"))
-        test_rows = task_rows(draw_tasks(150, "ppo", split="test"))
-    for row in rows + test_rows:
-        row["ids"] = encode_prompt(tokenizer, row["messages"])
-    limit = "the context minus max_new_tokens,"
-    rows, test_rows = (
-        keep_fitting(some_rows, [len(row["ids"]) for row in some_rows], longest, limit)
-        for some_rows in (rows, test_rows)
-    )
-    for row in rows + test_rows:
-        if cfg.reward == "exact" and not row.get("answer"):
-            raise SystemExit(f"{row['where']}: --reward exact needs a reply to compare with")
-    return rows, test_rows
+        return held_out(encode(read_prompts(cfg.data)))
+    tasks = draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}")
+    test_tasks = draw_tasks(150, "ppo", split="test")
+    return encode(task_rows(tasks)), encode(task_rows(test_tasks))
 
 
 def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
-    """What the policy is trained on, for each reply to a row: (B,), on the CPU."""
+    """What the policy is trained on, for each reply to a row: (B,), on the CPU.
+
+    A response without an end gets no credit. Were its score only reduced, a long response that
+    earns more than the fine would pay.
+    """
     pairs = list(zip(rows, replies))
     if cfg.reward == "rm":
         sequences = [row["ids"] + reply.ids for row, reply in pairs]
@@ -290,7 +292,8 @@ def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
         rewards = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
     else:
         rewards = [final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs]
-    return torch.tensor(np.asarray(rewards, dtype=np.float32))
+    ended = np.array([reply.ended for reply in replies])
+    return torch.tensor(np.where(ended, rewards, cfg.no_end_score), dtype=torch.float32)
 
 
 def mean_gold(rows, replies) -> dict[str, float]:
@@ -334,7 +337,7 @@ def main(cfg: Config) -> dict:
         reward_model, rm_checkpoint = load_model(cfg.rm, device, ScalarModel)
         critic, _ = load_model(cfg.rm, device, ScalarModel)
         if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
-            raise SystemExit(f"{cfg.rm} has another tokenizer than {cfg.init}")
+            raise InputError(f"{cfg.rm} has another tokenizer than {cfg.init}")
         reward_model.requires_grad_(False)
         set_speed(cfg, reward_model)
     else:
@@ -402,13 +405,9 @@ def main(cfg: Config) -> dict:
             )
             assert kl_full.abs().max() < rounding, "policy and reference start as the same model"
 
-        # 2. Rewards and advantages. proxy: the reward model's; scores: the same, where there is an
-        # end; rewards: of every token; returns: what the critic should predict.
-        proxy = proxy_reward(cfg, batch, replies, reward_model, tokenizer).to(device)  # (B,)
-        # Without an end there is no credit. Were the score only reduced, a long response that earns
-        # more than the fine would pay.
-        ended = torch.tensor([reply.ended for reply in replies], device=device)
-        scores = torch.where(ended, proxy, cfg.no_end_score)  # (B,)
+        # 2. Rewards and advantages. scores: of responses; rewards: of every token; returns: what
+        # the critic should predict.
+        scores = proxy_reward(cfg, batch, replies, reward_model, tokenizer).to(device)  # (B,)
         log_ratio = (old_logprobs - ref_logprobs) * mask
         kl, beta = log_ratio.sum(1), kl_coefficient.beta  # kl (B,): k1, summed over the response
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
@@ -461,7 +460,7 @@ def main(cfg: Config) -> dict:
         *means, policy_norm, critic_norm = np.mean(measured, 0)
         run.log(
             iteration,
-            proxy=proxy.mean().item(),
+            proxy=scores.mean().item(),
             **mean_gold(batch, replies),
             kl=kl.mean().item(),
             kl_k3=k3(log_ratio).sum(1).mean().item(),

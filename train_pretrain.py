@@ -26,6 +26,7 @@ from data.chat import encode_opening, pad, sorted_batches
 from data.files import held_out, read_text
 from data.gpt2 import load_init
 from data.run import (
+    WORLD,
     Run,
     average_gradients,
     lr_at,
@@ -40,7 +41,7 @@ from data.run import (
 )
 from data.tokenizer import load_tokenizer, make_tokenizer
 from data.town.documents import documents
-from gpt import GPT, GPTConfig, generate
+from gpt import GPT, GPTConfig, InputError, generate
 from kernels import linear_cross_entropy
 
 
@@ -115,11 +116,14 @@ def write_tokens(texts: list[str], tokenizer, path: Path):
 
 
 def read_tokens(tokenizer, path: Path) -> np.memmap:
-    """That file, memory-mapped: it may be larger than the memory. Exits if it is unreadable."""
+    """That file, memory-mapped: it may be larger than the memory.
+
+    Raises InputError if it is unreadable.
+    """
     try:
         return np.memmap(path, dtype=token_dtype(tokenizer), mode="r")
     except (OSError, ValueError) as error:  # not there; empty, or half a token at the end
-        raise SystemExit(f"cannot read {path} as token ids: {error}")
+        raise InputError(f"cannot read {path} as token ids: {error}")
 
 
 def token_dtype(tokenizer):
@@ -250,7 +254,7 @@ def main(cfg: Config) -> dict:
         model, checkpoint = load_init(cfg.init, device)
         tokenizer = load_tokenizer(checkpoint["tokenizer"])
         if cfg.context > model.config.context:
-            raise SystemExit(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
+            raise InputError(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
     else:
         # Merges come from training text alone; but a tokenizer of characters cannot read new ones.
         read = train_texts + val_texts if cfg.tokenizer == "char" else train_texts
@@ -264,7 +268,7 @@ def main(cfg: Config) -> dict:
     # ---- tokens: one long row of ids in a file, and the positions at which training may start
     if token_file:
         if tokenizer.state["kind"] != "gpt2":
-            raise SystemExit(f"{cfg.data} holds ids of GPT-2: add --tokenizer gpt2 or --init gpt2")
+            raise InputError(f"{cfg.data} holds ids of GPT-2: add --tokenizer gpt2 or --init gpt2")
         paths = Path(cfg.data), Path(cfg.data).with_name("val.bin")
         val_texts = [tokenizer.decode(read_tokens(tokenizer, paths[1]).tolist())]
     else:
@@ -273,7 +277,7 @@ def main(cfg: Config) -> dict:
             on_first_rank(write_tokens, texts, tokenizer, path)
     train, val = (read_tokens(tokenizer, path) for path in paths)
     if min(len(train), len(val)) < cfg.context + 1:
-        raise SystemExit(
+        raise InputError(
             f"{cfg.data or 'the town'}: {len(train)} training and {len(val)} validation "
             f"tokens are too few for a context of {cfg.context}"
         )
@@ -297,7 +301,8 @@ def main(cfg: Config) -> dict:
             hidden = model(tokens[:, :-1])  # (B, T, C): after reading token t ...
             target = tokens[:, 1:]  # (B, T): ... the token t + 1, which is to be predicted from it
             mean = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
-            microbatch_loss = mean * len(tokens) / len(rows)  # its part of the batch's mean
+            # Its part of the batch's mean; WORLD, since gradients are averaged over ranks.
+            microbatch_loss = mean * len(tokens) / cfg.batch_size * WORLD
             microbatch_loss.backward()  # adds to the gradients that are there
             loss += microbatch_loss.item()
         grad_norm = average_gradients(model, cfg.grad_clip)

@@ -41,6 +41,7 @@ from data.gpt2 import load_init
 from data.metrics import judge, plot_reliability
 from data.preferences import load_preferences
 from data.run import (
+    WORLD,
     Run,
     average_gradients,
     lr_at,
@@ -54,7 +55,7 @@ from data.run import (
     step_optimizers,
 )
 from data.tokenizer import load_tokenizer
-from gpt import ScalarModel
+from gpt import InputError, ScalarModel
 
 
 @dataclass
@@ -137,7 +138,7 @@ def main(cfg: Config) -> dict:
     sft, checkpoint = load_init(cfg.init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     if cfg.n_layer > sft.config.n_layer:
-        raise SystemExit(f"--n_layer {cfg.n_layer}: {cfg.init} has {sft.config.n_layer}")
+        raise InputError(f"--n_layer {cfg.n_layer}: {cfg.init} has {sft.config.n_layer}")
     model = ScalarModel.from_gpt(sft, cfg.n_layer).to(device).train()
     set_speed(cfg, sft, model)
     optimizer = torch.optim.AdamW(
@@ -170,23 +171,23 @@ def main(cfg: Config) -> dict:
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
-        my_rows = shard(batch)
+        pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
         loss = accuracy = 0.0
-        for microbatch in microbatches(my_rows, cfg.microbatch):
+        for microbatch in microbatches(shard(batch), cfg.microbatch):
             # One forward pass for both sides, so that they are treated alike.
             sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in microbatch]
             chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(
                 2, -1
             )  # (B,)
-            # A mean over pairs: the last microbatch may be smaller, and then counts for less.
-            pair_loss = preference_loss(chosen, rejected) * len(microbatch) / len(my_rows)
+            # A mean over the pairs of the batch, of which this microbatch has some.
+            pair_loss = preference_loss(chosen, rejected) * len(microbatch) / pairs_per_rank
             pair_loss.backward()  # adds to the gradients that are there
             loss += pair_loss.item()
-            accuracy += (chosen > rejected).sum().item() / len(my_rows)
-        if step == 0:
-            assert abs(loss - math.log(2)) < 1e-6, "the head starts at 0: loss ln 2"
+            accuracy += (chosen > rejected).sum().item() / pairs_per_rank
         grad_norm = average_gradients(model, cfg.grad_clip)
         numbers = mean_over_ranks(device, loss=loss, accuracy=accuracy)
+        if step == 0:
+            assert abs(numbers["loss"] - math.log(2)) < 1e-6, "the head starts at 0: loss ln 2"
         run.log(step, **numbers, grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         n_tokens = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in batch)
@@ -200,12 +201,17 @@ def main(cfg: Config) -> dict:
             run.report(step, "loss", "val_loss", "val_accuracy")
 
     # ---- normalisation: mean 0 and SD 1 on samples of the SFT model, where PPO will start. Pairs
-    # would not do: equal and unfinished responses were left out of them.
+    # would not do, since equal responses were left out of them. Responses without an end are left
+    # out here, too: PPO gives them a score of its own.
     model.eval()
     sampled_rows = rows[:: max(len(rows) // 512, 1)]  # about 512, spread over the file
     prompts = [encode_prompt(tokenizer, row["messages"]) for row in sampled_rows]
     replies = sample_replies(sft, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
+    pairs = list(zip(prompts, replies))
+    sequences = [prompt + reply.ids for prompt, reply in pairs if reply.ended]
+    if not sequences:
+        print("no sample of the SFT model ends: scores are normalised on unfinished ones")
+        sequences = [prompt + reply.ids for prompt, reply in pairs]
     scores = score_sequences(model, sequences, tokenizer.pad)
     model.reward_mean.fill_(scores.mean())
     model.reward_sd.fill_(max(scores.std(), 1e-6))  # 0 if all are alike, say of one response

@@ -1,6 +1,6 @@
 """Stage 2 of 5: supervised fine-tuning (SFT). The model learns to answer, many tasks at once.
 
-    loss = - mean over the tokens of responses of log p(token | conversation so far)
+    loss = - mean over the tokens of all responses of log p(token | conversation so far)
 
     trained  the pretrained GPT                              frozen  nothing
     reads    out/pretrain/ckpt.pt, demonstrations of the town (or --data rows.jsonl)
@@ -116,20 +116,25 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
+    def encode(rows: list[dict]) -> list[dict]:
+        for row in rows:
+            row["ids"], row["mask"] = encode_chat(tokenizer, row["messages"])
+        return keep_fitting(rows, [len(row["ids"]) for row in rows], model.config.context)
+
     if cfg.data:
-        rows, val_rows = held_out(read_conversations(cfg.data))
+        rows, val_rows = held_out(encode(read_conversations(cfg.data)))
     else:
-        rows = demonstrations(cfg.demonstrations, cfg.seed, cfg.tasks)
-        val_rows = demonstrations(500, "validation", cfg.tasks, split="test")
-    for row in rows + val_rows:
-        row["ids"], row["mask"] = encode_chat(tokenizer, row["messages"])
-    rows = keep_fitting(rows, [len(row["ids"]) for row in rows], model.config.context)
-    val_rows = keep_fitting(val_rows, [len(row["ids"]) for row in val_rows], model.config.context)
+        rows = encode(demonstrations(cfg.demonstrations, cfg.seed, cfg.tasks))
+        val_rows = encode(demonstrations(500, "validation", cfg.tasks, split="test"))
 
     lengths = [len(row["ids"]) for row in rows]
     batches = []
     for epoch in range(cfg.epochs):
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
+    # The mean of the loss is over the tokens of all batches. Divided by its own number of tokens, a
+    # batch of short responses would count each of them for more than a batch of long ones does.
+    supervised = sum(sum(rows[i]["mask"]) for batch in batches for i in batch)
+    tokens_per_batch = supervised / len(batches)
     used = sum(lengths[i] for batch in batches for i in batch)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     print(
@@ -147,16 +152,17 @@ def main(cfg: Config) -> dict:
     # ---- training
     for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
-        # Every token of the batch counts the same, on whichever rank and in whichever microbatch.
-        tokens_per_rank = sum(sum(row["mask"]) for row in batch) / WORLD
-        loss = 0.0
+        loss = n_tokens = 0.0
         for microbatch in microbatches(shard(batch), cfg.microbatch):
             tokens, mask = tensors(microbatch)
-            microbatch_loss = sft_loss(model, tokens, mask, reduction="sum") / tokens_per_rank
-            microbatch_loss.backward()  # adds to the gradients that are there
+            microbatch_loss = sft_loss(model, tokens, mask, reduction="sum")
+            # WORLD, since the gradients of all ranks are averaged and not added.
+            (microbatch_loss * WORLD / tokens_per_batch).backward()  # adds to those that are there
             loss += microbatch_loss.item()
+            n_tokens += mask.sum().item()
         grad_norm = average_gradients(model, cfg.grad_clip)
-        run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
+        sums = mean_over_ranks(device, loss=loss, n_tokens=n_tokens)
+        run.log(step, loss=sums["loss"] / sums["n_tokens"], grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         run.count(sum(len(row["ids"]) for row in batch), passes=3)  # forward 1, backward 2
 

@@ -11,12 +11,13 @@ and "assistant" in turn. Text is encoded as ordinary characters, so a message th
 on it never learns to stop.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from gpt import GPT, generate
+from gpt import GPT, InputError, generate
 
 
 def question(text: str) -> list[dict]:
@@ -86,17 +87,16 @@ def length_batches(
 
     Padding a batch to its longest row wastes little if all its rows are about as long. But if all
     rows were sorted, every epoch would have the same batches. So rows are shuffled, sorted by
-    length within pools of 50 batches, and divided into batches, which are shuffled in turn. An
-    incomplete last batch is dropped, unless it is the only one.
+    length within pools of 50 batches, and divided into batches, which are shuffled in turn. Every
+    row is in one batch, and no batch is much smaller than the others: 100 rows in batches of at
+    most 64 make two of 50.
     """
     order = rng.permutation(len(lengths))
     pool_size = 50 * batch_size
     lengths = np.asarray(lengths)
     pools = [order[i : i + pool_size] for i in range(0, len(order), pool_size)]
     order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) < batch_size:
-        batches.pop()
+    batches = np.array_split(order, math.ceil(len(order) / batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -133,11 +133,11 @@ def sample_replies(
 
     seed: of the sampling, which leaves PyTorch's global generator alone. temperature: 0 is greedy.
     stop: the token that ends a response (None = end-of-turn; a base model stops at end-of-text).
-    options: the other ones of `generate`. Exits with a message if a prompt fills the context.
+    options: the other ones of `generate`. Raises InputError if a prompt fills the context.
     """
     longest, context = max(map(len, prompts)), model.config.context
     if longest >= context:
-        raise SystemExit(
+        raise InputError(
             f"a prompt of {longest} tokens leaves no room for a response in a context of "
             f"{context}; pretrain with a larger --context"
         )

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt import InputError
+
 FOLDER = Path(__file__).parent / "experiments" / "expected"
 # How many widths beyond its band a curve must be to count as off. Each of the five runs was checked
 # against the bands of the other four: with 1.5, 5 of DPO's 450 windows were off; with 3, none of
@@ -182,14 +184,14 @@ class Check:
     def __init__(self, stage: str, cfg):
         """cfg: the Config of the run. Prints which options differ from those of the reference runs.
 
-        Exits with a message if the run trains on --data: the bands are those of the town.
+        Raises InputError if the run trains on --data: the bands are those of the town.
         """
         default = type(cfg)(out=cfg.out)
         if hasattr(cfg, "resolved"):  # a default spelled out is the same file
             default, cfg = default.resolved(), cfg.resolved()
         defaults = asdict(default)
         if cfg.data != default.data:
-            raise SystemExit("--check knows the curves of the town, not those of --data")
+            raise InputError("--check knows the curves of the town, not those of --data")
         self.stage, self.off = stage, []  # off: the columns that were reported
         self.compared = set()  # the columns that had a value in some window
         with open(FOLDER / f"{stage}.csv") as file:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from data.files import write_rows
 from data.run import number
+from gpt import InputError
 
 HUB = "https://huggingface.co/datasets"
 RAW = "https://raw.githubusercontent.com"
@@ -81,7 +82,7 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
     """Download a file to path, unless it is there; if megabytes > 0, only its first megabytes.
 
     Until it is complete it is path.part, from which the next call resumes. The sha256 is checked,
-    except for a first part. Exits with a message that names the URL if the download fails.
+    except for a first part. Raises InputError that names the URL if the download fails.
     """
     if path.exists():
         return
@@ -111,12 +112,12 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
                         break
     except urllib.error.HTTPError as error:
         if error.code != 416:  # "Range Not Satisfiable": no byte is missing from the partial file
-            raise SystemExit(f"cannot download {file.url}: {error}. {by_hand}")
+            raise InputError(f"cannot download {file.url}: {error}. {by_hand}")
         total = done
     except (OSError, http.client.HTTPException) as error:
-        raise SystemExit(f"cannot download {file.url}: {error}. {by_hand}")
+        raise InputError(f"cannot download {file.url}: {error}. {by_hand}")
     if total is not None and partial.stat().st_size < total:
-        raise SystemExit(
+        raise InputError(
             f"{file.url}: the connection ended after {partial.stat().st_size:,} of {total:,} "
             f"bytes. {by_hand}; the same command resumes the download"
         )
@@ -129,14 +130,14 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
         found = digest.hexdigest()
         if not found.startswith(expected):
             partial.unlink()
-            raise SystemExit(
+            raise InputError(
                 f"{file.url}: sha256 is {found}, not {expected}: it has changed at the source or "
                 "was damaged on the way, so it was deleted"
             )
     with open(partial, "rb") as complete:
         if complete.read(20).startswith(b"version https://git-"):
             partial.unlink()
-            raise SystemExit(f"{file.url}: the server sent a Git LFS pointer instead of the file")
+            raise InputError(f"{file.url}: the server sent a Git LFS pointer instead of the file")
     os.replace(partial, path)
 
 
@@ -175,8 +176,8 @@ def fineweb(paths, folder):
 
     The first shard gives a million tokens for validation, the others are for training. A shard is
     256 int32 (a magic number, the version, the number of tokens, zeros), then the tokens as uint16.
-    Shards are kept, so that a larger --megabytes later downloads only new ones. Exits with a
-    message if a shard is damaged.
+    Shards are kept, so that a larger --megabytes later downloads only new ones. Raises
+    InputError if a shard is damaged.
     """
     for path in paths:
         header = np.fromfile(path, "<i4", count=256)
@@ -185,7 +186,7 @@ def fineweb(paths, folder):
             or header[0] != 20240520
             or path.stat().st_size != 1024 + 2 * header[2]
         ):
-            raise SystemExit(f"{path}: not a shard of tokens, or truncated; delete it")
+            raise InputError(f"{path}: not a shard of tokens, or truncated; delete it")
     np.fromfile(paths[0], "<u2", count=10**6, offset=1024).tofile(folder / "val.bin")
     with open(folder / "train.bin.part", "wb") as train:
         for path in paths[1:]:
@@ -398,16 +399,16 @@ ALL_STORIES = File(f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT
 def get(name: str, out: Path, megabytes: float = 0.0):
     """Download a source into out/name/ and convert it. megabytes: how much of a large one.
 
-    Exits with a message if there is no source of that name, or if megabytes are given for a source
+    Raises InputError if there is no source of that name, or if megabytes are given for a source
     that is not large.
     """
     if name not in SOURCES:
-        raise SystemExit(f"there is no source {name!r}; there are {', '.join(SOURCES)}")
+        raise InputError(f"there is no source {name!r}; there are {', '.join(SOURCES)}")
     source, folder = SOURCES[name], out / name
     files = source.files
     if megabytes:
         if name not in ("tinystories", "fineweb"):
-            raise SystemExit("--megabytes is for tinystories and fineweb: all others are small")
+            raise InputError("--megabytes is for tinystories and fineweb: all others are small")
         files = [ALL_STORIES]
         if name == "fineweb":  # it comes in 103 shards of 200 MB
             shards = min(max(round(megabytes / 200), 1), 103)

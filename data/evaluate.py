@@ -33,7 +33,7 @@ from data.run import COLOURS, STAGES, run_script, start
 from data.talk import Speaker, find_checkpoints
 from data.town.gold import declines, exact_match, f1, gold
 from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
-from gpt import GPT, ScalarModel, load_model
+from gpt import GPT, InputError, ScalarModel, load_model
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
@@ -65,7 +65,7 @@ class BestOf(Speaker):
         super().__init__(sft, device)
         self.reward_model, checkpoint = load_model(reward_model, device, ScalarModel)
         if checkpoint["tokenizer"] != self.tokenizer.state:
-            raise SystemExit(f"{reward_model} has another tokenizer than {sft}")
+            raise InputError(f"{reward_model} has another tokenizer than {sft}")
         self.report, self.n = checkpoint["report"], n
 
     def answer(self, texts: list[str], max_new_tokens: int, seed: int, **how) -> list[Reply]:
@@ -195,7 +195,7 @@ def evaluate(cfg: Config) -> dict:
     device, out = start(cfg), Path(cfg.out)
     found = find_checkpoints(out)
     if "sft" not in found:
-        raise SystemExit(
+        raise InputError(
             f"there is no checkpoint {out}/sft/ckpt.pt: run `python train_sft.py` first; the "
             "other stages are compared with it"
         )
@@ -221,7 +221,7 @@ def evaluate(cfg: Config) -> dict:
             else:
                 speaker = Speaker(path, device)
             numbers = measure(speaker, sft, prompts, sft_gold, cfg)
-        except SystemExit as error:  # say, its context is too short: no reason to lose the others
+        except InputError as error:  # say, its context is too short: no reason to lose the others
             print(f"{label} is left out: {error}")
             continue
         if stage == "rm":

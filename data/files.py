@@ -21,11 +21,13 @@ import os
 import re
 from pathlib import Path
 
+from gpt import InputError
+
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, gzipped or not.
 
-    A byte order mark is removed, and Windows line ends become Unix ones. Exits with a message if
+    A byte order mark is removed, and Windows line ends become Unix ones. Raises InputError if
     the file cannot be read, is not UTF-8, or is blank.
     """
     path = Path(path)
@@ -34,21 +36,21 @@ def read_text(path: str | Path) -> str:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError) as error:
-        raise SystemExit(f"cannot read {path}: {error}")
+        raise InputError(f"cannot read {path}: {error}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise SystemExit(f"{path}:{line}: not UTF-8 text (byte {data[error.start]:#04x})")
+        raise InputError(f"{path}:{line}: not UTF-8 text (byte {data[error.start]:#04x})")
     if not text.strip():
-        raise SystemExit(f"{path}: the file is empty")
+        raise InputError(f"{path}: the file is empty")
     return text.replace("\r\n", "\n")
 
 
 def read_rows(path: str | Path) -> list[dict]:
     """The objects in a JSON list or in JSON lines, each with its file and line under "where".
 
-    Exits with a message at the first place that is not valid JSON, or not an object.
+    Raises InputError at the first place that is not valid JSON, or not an object.
     """
     text, rows = read_text(path), []
     decoder = json.JSONDecoder(object_pairs_hook=fields_once)
@@ -60,23 +62,23 @@ def read_rows(path: str | Path) -> list[dict]:
         line, counted = line + text.count("\n", counted, position), position
         if position == len(text) or (is_list and text[position] == "]"):
             if text[position + 1 :].strip():
-                raise SystemExit(f"{path}:{line}: there is more text after the end of the list")
+                raise InputError(f"{path}:{line}: there is more text after the end of the list")
             break
         try:
             row, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", counted))
-            raise SystemExit(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})")
+            raise InputError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)})")
         if not isinstance(row, dict):
-            raise SystemExit(
+            raise InputError(
                 f"{path}:{line}: expected an object like {{...}}, found {str(row)[:40]!r}"
             )
         number = f" (row {len(rows) + 1})" if is_list else ""  # a list may be on a single line
         rows.append({**row, "where": f"{path}:{line}{number}"})
     if is_list and position == len(text):
-        raise SystemExit(f"{path}:{line}: the list is never closed; is the file truncated?")
+        raise InputError(f"{path}:{line}: the list is never closed; is the file truncated?")
     if not rows:
-        raise SystemExit(f"{path}: no rows")
+        raise InputError(f"{path}: no rows")
     return rows
 
 
@@ -93,19 +95,19 @@ def fields_once(pairs: list[tuple]) -> dict:
 
 
 def field(row: dict, name: str, may_be_blank=False) -> str:
-    """The text in a field of a row. Exits with a message if it is missing, not text, or blank."""
+    """The text in a field of a row. Raises InputError if it is missing, not text, or blank."""
     if name not in row:
         found = ", ".join(sorted(row.keys() - {"where"}))
-        raise SystemExit(f'{row["where"]}: no field "{name}" (found: {found or "nothing"})')
+        raise InputError(f'{row["where"]}: no field "{name}" (found: {found or "nothing"})')
     if not isinstance(row[name], str) or not (may_be_blank or row[name].strip()):
-        raise SystemExit(
+        raise InputError(
             f'{row["where"]}: field "{name}" must be text, not {str(row[name])[:40]!r}'
         )
     try:
         row[name].encode()
     except UnicodeEncodeError as error:
         half = row[name][error.start].encode("unicode_escape").decode()  # such as \ud83d
-        raise SystemExit(
+        raise InputError(
             f'{row["where"]}: field "{name}" has half a character, the lone surrogate {half}'
         )
     return row[name]
@@ -114,19 +116,19 @@ def field(row: dict, name: str, may_be_blank=False) -> str:
 def check_messages(messages, where: str) -> list[dict]:
     """The messages of a conversation, with "role" and "content" only.
 
-    Exits with a message unless each has both, and the roles are an optional system, then user and
+    Raises InputError unless each has both, and the roles are an optional system, then user and
     assistant in turn, beginning with user.
     """
     roles = []
     for message in messages if isinstance(messages, list) else [None]:
         if not isinstance(message, dict):
-            raise SystemExit(f'{where}: "messages" must be a list of objects with role and content')
+            raise InputError(f'{where}: "messages" must be a list of objects with role and content')
         roles.append(field({**message, "where": where}, "role"))
         field({**message, "where": where}, "content")
     turns = roles[1:] if roles[:1] == ["system"] else roles
     wanted = [("user", "assistant")[i % 2] for i in range(len(turns))]
     if not turns or turns != wanted:
-        raise SystemExit(
+        raise InputError(
             f"{where}: roles must be user, assistant, user, ... but are {', '.join(roles)}"
         )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -149,14 +151,14 @@ def prompt_messages(row: dict) -> list[dict]:
 def read_conversations(path: str | Path) -> list[dict]:
     """Rows for SFT: {"messages", "where"}, where the last message is the assistant's.
 
-    Exits with a message that names the first row in another form.
+    Raises InputError that names the first row in another form.
     """
     rows = []
     for row in read_rows(path):
         if "messages" in row:
             messages = check_messages(row["messages"], row["where"])
             if messages[-1]["role"] != "assistant":
-                raise SystemExit(f"{row['where']}: the last message must be the assistant's")
+                raise InputError(f"{row['where']}: the last message must be the assistant's")
         else:
             name = next((name for name in ("output", "response") if name in row), "output")
             messages = prompt_messages(row) + [{"role": "assistant", "content": field(row, name)}]
@@ -168,8 +170,8 @@ def read_preferences(path: str | Path) -> list[dict]:
     """Rows for RM and DPO: {"messages" (the prompt), "chosen", "rejected", "where"}.
 
     Rows of the town also have "kind", "gold" and "p" (see data/preferences.py), for reports only.
-    Pairs of equal responses teach nothing: they are left out, counted and named. Exits with a
-    message that names the first row in another form, and if no pair is left.
+    Pairs of equal responses teach nothing: they are left out, counted and named. Raises
+    InputError that names the first row in another form, and if no pair is left.
     """
     rows, equal = [], []
     for row in read_rows(path):
@@ -181,7 +183,7 @@ def read_preferences(path: str | Path) -> list[dict]:
             messages, chosen = read_dialogue(chosen, row["where"])
             rejected_messages, rejected = read_dialogue(rejected, row["where"])
             if messages != rejected_messages:
-                raise SystemExit(f"{row['where']}: chosen and rejected answer different prompts")
+                raise InputError(f"{row['where']}: chosen and rejected answer different prompts")
         if chosen == rejected:
             equal.append(row["where"])
             continue
@@ -202,7 +204,7 @@ def read_preferences(path: str | Path) -> list[dict]:
             f"{', '.join(equal[:5])}{more}"
         )
     if not rows:
-        raise SystemExit(f"{path}: all pairs are of equal responses")
+        raise InputError(f"{path}: all pairs are of equal responses")
     return rows
 
 
@@ -216,7 +218,7 @@ def is_of_town(row: dict) -> bool:
 def read_prompts(path: str | Path) -> list[dict]:
     """Rows for PPO: {"messages" (the prompt), "where"}, and "answer" if the row has a response.
 
-    Exits with a message that names the first row in another form.
+    Raises InputError that names the first row in another form.
     """
     rows = []
     for row in read_rows(path):
@@ -245,7 +247,7 @@ def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
         for speaker, content in zip(speakers_and_texts[::2], speakers_and_texts[1::2])
     ]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise SystemExit(f'{where}: expected "\\n\\nHuman: ...\\n\\nAssistant: ..." in this field')
+        raise InputError(f'{where}: expected "\\n\\nHuman: ...\\n\\nAssistant: ..." in this field')
     return check_messages(messages[:-1], where), field(
         {"reply": messages[-1]["content"], "where": where}, "reply"
     )
@@ -254,10 +256,10 @@ def read_dialogue(text: str, where: str) -> tuple[list[dict], str]:
 def held_out(rows: list) -> tuple[list, list]:
     """(rows to train on, rows to test on): the last tenth, at least one row, is for testing.
 
-    Exits with a message if there are fewer than two rows.
+    Raises InputError if there are fewer than two rows.
     """
     if len(rows) < 2:
-        raise SystemExit("--data needs at least two rows: one to train on and one to test on")
+        raise InputError("--data needs at least two rows: one to train on and one to test on")
     cut = len(rows) - max(len(rows) // 10, 1)
     return rows[:cut], rows[cut:]
 
@@ -268,7 +270,7 @@ def keep_fitting(
     """The rows of at most `limit` tokens. Longer ones are left out, counted and named.
 
     No row is truncated: a response without its end would teach a model not to stop. lengths: in
-    tokens, one per row. what: the name of the limit in the messages. Exits with a message if no row
+    tokens, one per row. what: the name of the limit in the messages. Raises InputError if no row
     is left.
     """
     too_long = [f"{row['where']} ({n} tokens)" for row, n in zip(rows, lengths) if n > limit]
@@ -279,7 +281,7 @@ def keep_fitting(
             f"{', '.join(too_long[:5])}{more}"
         )
     if len(too_long) == len(rows):
-        raise SystemExit(f"no row fits {what} of {limit} tokens; pretrain with a larger --context")
+        raise InputError(f"no row fits {what} of {limit} tokens; pretrain with a larger --context")
     return [row for row, n in zip(rows, lengths) if n <= limit]
 
 

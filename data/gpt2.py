@@ -43,7 +43,7 @@ from torch import distributed
 
 from data.download import File, fetch
 from data.tokenizer import PATTERN, SPECIALS
-from gpt import GPT, GPTConfig, load_model
+from gpt import GPT, GPTConfig, InputError, load_model
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
@@ -80,8 +80,8 @@ def is_gpt2(path: str | Path) -> bool:
 def load_init(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     """The language model that --init names, in evaluation mode, and its checkpoint's other entries.
 
-    path: a checkpoint of ours, a folder with GPT-2's weights, or a name in NAMES. Exits with a
-    message if there is no such model, or if it cannot be loaded.
+    path: a checkpoint of ours, a folder with GPT-2's weights, or a name in NAMES. Raises InputError
+    if there is no such model, or if it cannot be loaded.
     """
     return load_gpt2(path, device) if is_gpt2(path) else load_model(path, device)
 
@@ -89,12 +89,12 @@ def load_init(path: str | Path, device="cpu") -> tuple[GPT, dict]:
 def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     """A model with GPT-2's weights, and the entries that a checkpoint of pretraining would have.
 
-    path: a folder, or a name in NAMES, which is downloaded. Exits with a message that names the
+    path: a folder, or a name in NAMES, which is downloaded. Raises InputError that names the
     file if anything is missing, damaged, or not GPT-2.
     """
     folder = download(str(path)) if str(path) in NAMES else Path(path)
     if (folder / "ckpt.pt").exists():
-        raise SystemExit(f"{folder} is the folder of a run: name its checkpoint, {folder}/ckpt.pt")
+        raise InputError(f"{folder} is the folder of a run: name its checkpoint, {folder}/ckpt.pt")
     config = read_config(folder)
     checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
     model = GPT(
@@ -116,20 +116,20 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
             if name == "lm_head.weight":  # the token table again: the two are tied
                 continue
             if name not in missing:
-                raise SystemExit(f"{file}: {name} is not a tensor of GPT-2, or is there twice")
+                raise InputError(f"{file}: {name} is not a tensor of GPT-2, or is there twice")
             parameter = missing.pop(name)
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 tensor = tensor.T
             if name == "wte.weight":
                 parameter = parameter[:n_rows]
             if tensor.shape != parameter.shape:
-                raise SystemExit(
+                raise InputError(
                     f"{file}: {name} is {tuple(tensor.shape)}, but config.json asks for "
                     f"{tuple(parameter.shape)}"
                 )
             parameter.copy_(tensor)
         if missing:
-            raise SystemExit(f"{folder}: no {', '.join(sorted(missing)[:3])} in its files")
+            raise InputError(f"{folder}: no {', '.join(sorted(missing)[:3])} in its files")
         # GPT-2's logits are all far below 0. Rows near 0, with logits near 0, would make the chat
         # tokens by far the likeliest. Rows near the mean of all rows make them as unlikely as most.
         wte = model.wte.weight
@@ -145,36 +145,37 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json, with GPT-2's own values for missing entries. Exits if we cannot honour one."""
+    """config.json, with GPT-2's own values for missing entries. Raises InputError if we cannot
+    honour one."""
     config = read_json(folder / "config.json")
     for name, allowed in EXPECTED.items():
         value = config.get(name, allowed[0])
         if value not in allowed:
-            raise SystemExit(
+            raise InputError(
                 f"{folder}/config.json: {name} is {value!r}, but only "
                 f"{' or '.join(map(repr, allowed))} can be loaded"
             )
     defaults = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     config = defaults | {"vocab_size": N_VOCAB} | config
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise SystemExit(f"{folder}/config.json: n_inner is not 4 times n_embd")
+        raise InputError(f"{folder}/config.json: n_inner is not 4 times n_embd")
     return config
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Exits with a message if it cannot be read."""
+    """The object in a JSON file. Raises InputError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error}")
+        raise InputError(f"cannot read {path}: {error}")
     except ValueError as error:
-        raise SystemExit(f"{path}: not valid JSON ({error})")
+        raise InputError(f"{path}: not valid JSON ({error})")
 
 
 def read_tensors(folder: Path):
     """Yield (name, tensor, file) for every tensor in a folder, one file after the other.
 
-    Exits with a message if there is no file of tensors, or if a shard is missing.
+    Raises InputError if there is no file of tensors, or if a shard is missing.
     """
     for stem, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
         index = folder / f"{stem}.index.json"
@@ -184,40 +185,40 @@ def read_tensors(folder: Path):
             files = [folder / name for name in dict.fromkeys(shards.values())]
             missing = [str(file) for file in files if not file.exists()]
             if missing:
-                raise SystemExit(f"{index} names files that are not there: {', '.join(missing)}")
+                raise InputError(f"{index} names files that are not there: {', '.join(missing)}")
         if files and files[0].exists():
             for file in files:
                 for name, tensor in read(file).items():
                     yield name, tensor, file
             return
-    raise SystemExit(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file: name -> tensor, memory-mapped.
 
     The format (https://github.com/huggingface/safetensors): the length of a JSON header in 8 bytes;
-    the header, with dtype, shape and position of every tensor; the numbers. Exits with a message if
+    the header, with dtype, shape and position of every tensor; the numbers. Raises InputError if
     the file is truncated, or not in this format.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
-            raise SystemExit(f"{path}: truncated, or not a safetensors file")
+            raise InputError(f"{path}: truncated, or not a safetensors file")
         try:
             header = json.loads(file.read(length))
         except ValueError:
-            raise SystemExit(f"{path}: not a safetensors file")
+            raise InputError(f"{path}: not a safetensors file")
     header.pop("__metadata__", None)
     numbers = np.memmap(path, mode="c", offset=8 + length) if size > 8 + length else b""
     tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         if end > len(numbers):
-            raise SystemExit(f"{path}: truncated in the middle of {name}")
+            raise InputError(f"{path}: truncated in the middle of {name}")
         if entry["dtype"] not in DTYPES:
-            raise SystemExit(f"{path}: {name} has the unknown type {entry['dtype']}")
+            raise InputError(f"{path}: {name} has the unknown type {entry['dtype']}")
         flat = torch.from_numpy(numbers[start:end]).view(DTYPES[entry["dtype"]])
         tensors[name] = flat.view(entry["shape"])
     return tensors
@@ -228,7 +229,7 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # truncated, or a pickle with code in it
-        raise SystemExit(f"{path}: cannot be read as a dict of tensors: {str(error)[:200]}")
+        raise InputError(f"{path}: cannot be read as a dict of tensors: {str(error)[:200]}")
 
 
 def download(name: str) -> Path:

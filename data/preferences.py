@@ -28,6 +28,7 @@ from data.run import run_path, run_script, start
 from data.tokenizer import load_tokenizer
 from data.town.gold import TAU, bayes_accuracy, gold, preference
 from data.town.tasks import draw_tasks
+from gpt import InputError
 
 
 @dataclass
@@ -106,7 +107,7 @@ def make_preferences(cfg: Config, out: Path, device):
     rows = annotate(tasks, replies, cfg.tau, cfg.flip, cfg.seed)
     rows = end_with_a_tenth(rows, {task.prompt for task in test_tasks})
     if not rows:
-        raise SystemExit(
+        raise InputError(
             f"{cfg.init}: no pair is left, since all responses are equal or never end; "
             "train the model longer, or raise --temperature or --max_new_tokens"
         )
@@ -162,10 +163,10 @@ def ask_human(conversations, pairs, out: str | Path):
 
 
 def load_preferences(path: str | Path) -> list[dict]:
-    """Rows of a file of preferences (see `read_preferences`). Exits with the command that makes it
-    if it is missing."""
+    """Rows of a file of preferences (see `read_preferences`). Raises InputError with the command
+    that makes it if it is missing."""
     if not Path(path).exists():
-        raise SystemExit(
+        raise InputError(
             f"there is no {path}: run `python -m data.preferences` first, or name a file by --data"
         )
     return read_preferences(path)

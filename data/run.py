@@ -32,7 +32,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from data.check import Check
-from gpt import load_checkpoint, save_checkpoint
+from gpt import InputError, load_checkpoint, save_checkpoint
 from kernels import backend
 
 STAGES = ("pretrain", "sft", "rm", "ppo", "dpo")
@@ -104,17 +104,43 @@ def run_script(main, config_class=None):
             setattr(sys, stream, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):  # the stream of a notebook has none
         sys.stdout.reconfigure(errors="replace")
+    if not isinstance(sys.stdout, PrintableStream):  # a notebook may come here twice
+        sys.stdout = PrintableStream(sys.stdout)
     try:
         main(parse_config(config_class)) if config_class else main()
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # Python would complain once more as it flushes
         raise SystemExit(1)
+    except InputError as error:
+        raise SystemExit(printable(str(error)))
     except OSError as error:
-        raise SystemExit(f"cannot read or write: {error}. Results of earlier runs are untouched.")
+        message = f"cannot read or write: {error}. Results of earlier runs are untouched."
+        raise SystemExit(printable(message))
     finally:
         if WORLD > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, but for line ends and tabs, are spelled out, as in \\x1b.
+
+    A reply or a row of a file could else move the cursor of a terminal, or rename its window.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
+
+
+class PrintableStream:
+    """A stream that writes `printable` text, and is in all else the stream that it is made from."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str):
+        return self.stream.write(printable(text))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,11 +150,11 @@ def run_script(main, config_class=None):
 def start(cfg) -> torch.device:
     """Begin a run: set threads and seed, join the other processes. Returns this process's device.
 
-    Exits with a message if the device is not there.
+    Raises InputError if the device is not there.
     """
     device = find_device(cfg.device)
     if WORLD > 1 and not hasattr(cfg, "save_every"):  # only the five scripts share their work
-        raise SystemExit("this runs as one process: start it with python, not torchrun")
+        raise InputError("this runs as one process: start it with python, not torchrun")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # the same on all ranks: they start from the same weights
@@ -148,13 +174,13 @@ def start(cfg) -> torch.device:
 def find_device(name: str) -> torch.device:
     """The torch device of a --device option; auto is cuda if there is one, else cpu.
 
-    Exits with a message if it is not there.
+    Raises InputError if it is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(name, name not in ("cpu", "cuda", "mps")):
-        raise SystemExit(f"--device {name}: not available here; try --device cpu")
+        raise InputError(f"--device {name}: not available here; try --device cpu")
     return torch.device(name)
 
 
@@ -177,9 +203,13 @@ def set_speed(cfg, *models):
 
 
 def shard(batch):
-    """Every WORLD-th item of a batch, from this rank's number on. Exits if shards are unequal."""
-    if len(batch) % WORLD:  # the mean over the batch would not be the mean of the ranks' means
-        raise SystemExit(f"{WORLD} processes cannot share a batch of {len(batch)} equally")
+    """Every WORLD-th item of a batch, from this rank's number on. Shards may differ by one item, so
+    a mean over the batch is the sum over a shard, divided by the batch's size / WORLD.
+
+    Raises InputError if there is not one item for each.
+    """
+    if len(batch) < WORLD:
+        raise InputError(f"{WORLD} processes cannot share a batch of {len(batch)}")
     return batch[RANK::WORLD]
 
 
@@ -293,7 +323,7 @@ class Run:
         """panels: what a panel of curve.png shows, with its unit -> the columns of the log in it.
         unit: what this stage calls a step.
 
-        Exits if --name would put this run into the folder of another stage.
+        Raises InputError if --name would put this run into the folder of another stage.
         """
         self.stage, self.cfg, self.panels, self.unit = stage, cfg, panels, unit
         self.name = cfg.name or stage
@@ -303,7 +333,7 @@ class Run:
         others = [self.name] if self.name in STAGES else others
         for other in others:
             if other not in (None, stage):
-                raise SystemExit(f"--name {self.name}: a run of train_{other}.py; choose another")
+                raise InputError(f"--name {self.name}: a run of train_{other}.py; choose another")
         self.rows = []  # one dict per line of log.csv
         self.forwards = 0.0  # see `count`
         self.seconds, self.started = 0.0, time.perf_counter()
@@ -367,7 +397,7 @@ class Run:
 
     def _load(self, trained) -> int:
         if not (self.unfinished / "ckpt.pt").exists():
-            raise SystemExit(f"--resume: no run to resume in {self.unfinished}/; leave it out")
+            raise InputError(f"--resume: no run to resume in {self.unfinished}/; leave it out")
         saved = load_checkpoint(self.unfinished / "ckpt.pt")
         before, out, default = saved["train_config"], self.cfg.out, type(self.cfg)()
         for name, now in asdict(self.cfg).items():
@@ -377,7 +407,7 @@ class Run:
                 moved = out + was.removeprefix(before["out"])  # the folder may have been moved
             free = ("resume", "out", "name", "device", "threads", "check")
             if now not in (was, moved) and name not in free:
-                raise SystemExit(f"--resume: the run to resume had --{name} {was}, not {now}")
+                raise InputError(f"--resume: the run to resume had --{name} {was}, not {now}")
         for name, part in trained.items():
             part.load_state_dict(saved[name])
         self.rows, self.forwards, self.seconds = saved["rows"], saved["forwards"], saved["seconds"]
@@ -397,10 +427,10 @@ class Run:
         self.forwards += tokens * passes
 
     def log(self, step: int, **numbers: float):
-        """Add numbers to the row of this step. Exits if one of them is not finite."""
+        """Add numbers to the row of this step. Raises InputError if one of them is not finite."""
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise SystemExit(
+                raise InputError(
                     f"{self.stage}: {name} is {value} at step {step}, so training stops. "
                     "The last checkpoint is untouched; a lower learning rate may help."
                 )
@@ -448,10 +478,11 @@ class Run:
 
 
 def run_path(out: str, name: str) -> Path:
-    """out/name. Exits if that leads elsewhere, or into what evaluation and experiments write."""
+    """out/name. Raises InputError if that leads elsewhere, or into what evaluation and experiments
+    write."""
     taken = ("base", "best_of_n", "experiments", "quick", "report.json", "report.md", "report.png")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
-        raise SystemExit(
+        raise InputError(
             f"--name {name}: choose a plain name, of letters and digits, other than "
             f"{', '.join(taken)}"
         )

@@ -14,6 +14,7 @@ from data.gpt2 import export, load_init
 from data.run import STAGES, run_script, stage_of, start
 from data.tokenizer import load_tokenizer
 from data.town.tasks import SHOWN
+from gpt import InputError
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Speaker:
     """A language model that answers prompts, each model in the way that it is used to."""
 
     def __init__(self, path: str | Path, device="cpu"):
-        """path: a checkpoint, or what else --init may name. Exits if it is no language model."""
+        """path: a checkpoint, or what else --init may name. Raises InputError if it is no
+        language model."""
         self.model, checkpoint = load_init(path, device)
         self.tokenizer = load_tokenizer(checkpoint["tokenizer"])
         self.is_base = checkpoint["stage"] == "pretrain"  # it has never seen the chat format
@@ -71,7 +73,7 @@ def find_checkpoints(out: str | Path) -> dict[str, tuple[str, Path]]:
     for path in Path(out).glob("*/ckpt.pt"):
         try:
             stage, name = stage_of(path), path.parent.name
-        except SystemExit as error:  # one damaged file says nothing of the others
+        except InputError as error:  # one damaged file says nothing of the others
             print(f"left out: {error}")
             continue
         found.append((STAGES.index(stage), name != stage, name, stage, path))
@@ -87,7 +89,7 @@ def main(cfg: Config):
         found = find_checkpoints(cfg.out)
         paths = {name: path for name, (stage, path) in found.items() if stage != "rm"}
         if not paths:
-            raise SystemExit(f"no model is in {cfg.out}/ yet: run `python train_pretrain.py` first")
+            raise InputError(f"no model is in {cfg.out}/ yet: run `python train_pretrain.py` first")
         if not cfg.compare:
             newest = max(paths, key=lambda name: paths[name].stat().st_mtime)
             paths = {newest: paths[newest]}

@@ -16,6 +16,8 @@ from itertools import groupby
 
 import tiktoken
 
+from gpt import InputError
+
 # Padding of batches; end-of-text, which opens every document; user and assistant, which open a
 # turn; end-of-turn, which closes a response. One id for two of them would break a mask: if padding
 # were end-of-turn, a loss that ignores padding would never teach a model to stop.
@@ -90,11 +92,11 @@ class CharTokenizer(Tokenizer):
         self.ids = {character: i for i, character in enumerate(characters)}
 
     def encode(self, text: str) -> list[int]:
-        """Exits with a message if the text has a character that is not in the vocabulary."""
+        """Raises InputError if the text has a character that is not in the vocabulary."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
-            raise SystemExit(
+            raise InputError(
                 f"the character {error} is not among the {len(self.ids)} of this tokenizer; "
                 "a model pretrained with --tokenizer bpe can read any text"
             ) from None
@@ -106,7 +108,7 @@ class CharTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's BPE: 50257 ids, the last of which is end-of-text, and four more special ones.
 
-    Exits with a message if tiktoken has no copy of the vocabulary and cannot download one.
+    Raises InputError if tiktoken has no copy of the vocabulary and cannot download one.
     """
 
     def __init__(self):
@@ -115,7 +117,7 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken downloads the vocabulary at its first use
-            raise SystemExit(
+            raise InputError(
                 f"tiktoken cannot load GPT-2's vocabulary: {error}. It needs the network once, or "
                 "the environment variable TIKTOKEN_CACHE_DIR set to a folder that has the "
                 "vocabulary. The tokenizers bpe and char need neither."
@@ -184,12 +186,12 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
 def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
     """A tokenizer of the given kind ("bpe", "char" or "gpt2") for texts.
 
-    n_vocab: the number of ids, for bpe only. Exits with a message for any other kind, and if
+    n_vocab: the number of ids, for bpe only. Raises InputError for any other kind, and if
     n_vocab is less than 261, the 256 bytes and five special tokens.
     """
     if kind == "bpe":
         if n_vocab < 256 + len(SPECIALS):
-            raise SystemExit(f"--vocab_size {n_vocab}: a bpe tokenizer needs at least 261")
+            raise InputError(f"--vocab_size {n_vocab}: a bpe tokenizer needs at least 261")
         # 50 million characters suffice: more would cost memory and change few merges.
         text = (" " + " ".join(texts))[:50_000_000]
         print(f"learning a tokenizer from {len(text) / 1e6:.1f} million characters", flush=True)
@@ -198,7 +200,7 @@ def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
         return CharTokenizer("".join(sorted(set().union(*texts))))
     if kind == "gpt2":
         return GPT2Tokenizer()
-    raise SystemExit(f"--tokenizer {kind}: there are bpe, char and gpt2")
+    raise InputError(f"--tokenizer {kind}: there are bpe, char and gpt2")
 
 
 def load_tokenizer(state: dict) -> Tokenizer:

@@ -13,6 +13,7 @@ import pytest
 import data.download
 from data.download import SOURCES, File, fetch, get
 from data.files import read_conversations, read_preferences, read_prompts, read_text
+from gpt import InputError
 
 CONTENT = bytes(range(256)) * 2000
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -80,7 +81,7 @@ def test_redirection_is_followed(server, tmp_path):
 def test_hash_that_the_server_names_is_checked(server, tmp_path):
     fetch(File(f"{server}/tagged"), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
-    with pytest.raises(SystemExit, match=f"mistagged: sha256 is {HASH}, not 0000"):
+    with pytest.raises(InputError, match=f"mistagged: sha256 is {HASH}, not 0000"):
         fetch(File(f"{server}/mistagged"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -88,7 +89,7 @@ def test_hash_that_the_server_names_is_checked(server, tmp_path):
 @pytest.mark.parametrize("kind", ["cut", "stall"])
 def test_download_that_broke_off_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data.download, "TIMEOUT", 0.5)
-    with pytest.raises(SystemExit, match=f"{kind}.*(timed out|connection ended after 100,000 of)"):
+    with pytest.raises(InputError, match=f"{kind}.*(timed out|connection ended after 100,000 of)"):
         fetch(File(f"{server}/{kind}", HASH), tmp_path / "file")
     assert not (tmp_path / "file").exists()
     kept = (tmp_path / "file.part").stat().st_size
@@ -117,16 +118,16 @@ def test_first_megabytes_are_a_beginning_of_that_length(server, tmp_path, kind):
 
 
 def test_wrong_content_is_deleted_and_named(server, tmp_path):
-    with pytest.raises(SystemExit, match="whole: sha256 is .*, not 1234: it has changed"):
+    with pytest.raises(InputError, match="whole: sha256 is .*, not 1234: it has changed"):
         fetch(File(f"{server}/whole", "1234"), tmp_path / "file")
-    with pytest.raises(SystemExit, match="the server sent a Git LFS pointer instead of"):
+    with pytest.raises(InputError, match="the server sent a Git LFS pointer instead of"):
         fetch(File(f"{server}/pointer"), tmp_path / "file")
     assert not list(tmp_path.iterdir())
 
 
 def test_no_network_says_what_was_tried_and_where_to_put_the_file(tmp_path):
     url = "http://127.0.0.1:9/file"  # nobody listens there
-    with pytest.raises(SystemExit, match=f"cannot download {url}.*by hand and save it as .*file"):
+    with pytest.raises(InputError, match=f"cannot download {url}.*by hand and save it as .*file"):
         fetch(File(url), tmp_path / "file")
 
 
@@ -137,9 +138,9 @@ def test_every_source_is_complete_and_unknown_names_are_an_error(tmp_path, capsy
     for name, source in SOURCES.items():
         assert name in listed and source.licence in listed
         assert source.files and "{folder}" in source.command
-    with pytest.raises(SystemExit, match="there is no source 'c4'; there are tinyshakespeare, "):
+    with pytest.raises(InputError, match="there is no source 'c4'; there are tinyshakespeare, "):
         get("c4", tmp_path)
-    with pytest.raises(SystemExit, match="--megabytes is for tinystories and fineweb"):
+    with pytest.raises(InputError, match="--megabytes is for tinystories and fineweb"):
         get("dolly", tmp_path, megabytes=1)
 
 
@@ -197,7 +198,7 @@ def test_token_shards_become_one_file_for_training_and_one_for_validation(tmp_pa
     assert np.fromfile(folder / "val.bin", np.uint16).tolist() == [7, 8]
     (folder / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3])[:-1])
     with pytest.raises(
-        SystemExit, match="fineweb_train_000001.bin: not a shard of tokens, or truncated"
+        InputError, match="fineweb_train_000001.bin: not a shard of tokens, or truncated"
     ):
         get("fineweb", tmp_path)
     assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3, 4]  # as it was

@@ -14,6 +14,7 @@ from data.evaluate import BestOf, Config, evaluate, reply_logprobs
 from data.metrics import interval
 from data.talk import Speaker
 from data.town.tasks import SHOWN, TRAIN_KINDS
+from gpt import InputError
 from train_dpo import sequence_logprobs
 
 
@@ -60,7 +61,7 @@ def test_evaluation_reports_what_there_is(chain, tmp_path):
     report = evaluate(cfg)
     assert list(report["stages"]) == ["sft"] and not report["reward_models"]
     shutil.rmtree(tmp_path / "sft")
-    with pytest.raises(SystemExit, match="run `python train_sft.py` first"):
+    with pytest.raises(InputError, match="run `python train_sft.py` first"):
         evaluate(cfg)
 
 

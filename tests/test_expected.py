@@ -21,6 +21,7 @@ import train_sft
 from data.check import CAUSES, FOLDER, SLACK, Check
 from data.experiments.expected import make_bands, read_log
 from data.experiments.jobs import plant
+from gpt import InputError
 
 BUGS = {  # stage: (file, right, wrong), and the curves that may tell first
     "pretrain": ("gpt.py", "is_causal=mask is None)", "is_causal=False)", ["loss"]),
@@ -114,7 +115,7 @@ def test_options_that_change_the_curves_are_named(capsys):
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_there_are_no_bands_for_data_of_ones_own(stage):
-    with pytest.raises(SystemExit, match="not those of --data"):
+    with pytest.raises(InputError, match="not those of --data"):
         Check(stage, SCRIPTS[stage].Config(data="mine.jsonl"))
 
 

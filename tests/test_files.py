@@ -14,6 +14,7 @@ from data.files import (
     read_rows,
     read_text,
 )
+from gpt import InputError
 
 
 def write(path, rows, lines=True):
@@ -101,7 +102,7 @@ def test_gzip_byte_order_mark_and_windows_lines_are_read(tmp_path):
 )
 def test_bad_rows_are_named_with_file_and_line(tmp_path, content, message):
     (tmp_path / "rows").write_text(content)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(InputError, match=message):
         read_conversations(tmp_path / "rows")
 
 
@@ -117,7 +118,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, content, message):
     ],
 )
 def test_bad_preferences_are_named(tmp_path, row, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(InputError, match=message):
         read_preferences(write(tmp_path / "rows", [row]))
 
 
@@ -128,7 +129,7 @@ def test_pairs_of_equal_replies_are_counted_and_named(tmp_path, capsys):
         f"left out 1 of 3 pairs, whose responses are equal: {tmp_path}/rows:1"
         in capsys.readouterr().out
     )
-    with pytest.raises(SystemExit, match="all pairs are of equal responses"):
+    with pytest.raises(InputError, match="all pairs are of equal responses"):
         read_preferences(write(tmp_path / "rows", [same]))
 
 
@@ -147,13 +148,13 @@ def test_odd_but_lawful_text_is_read_as_it_is(tmp_path):
 
 
 def test_unreadable_files_are_clear_errors(tmp_path):
-    with pytest.raises(SystemExit, match="cannot read .*nowhere"):
+    with pytest.raises(InputError, match="cannot read .*nowhere"):
         read_rows(tmp_path / "nowhere")
     (tmp_path / "latin").write_bytes(b"good\n\xe9 bad")
-    with pytest.raises(SystemExit, match=r"latin:2: not UTF-8"):
+    with pytest.raises(InputError, match=r"latin:2: not UTF-8"):
         read_text(tmp_path / "latin")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"text" * 100)[:20])
-    with pytest.raises(SystemExit, match="cannot read"):
+    with pytest.raises(InputError, match="cannot read"):
         read_text(tmp_path / "cut.gz")
 
 
@@ -161,14 +162,14 @@ def test_rows_that_do_not_fit_are_counted_and_named(capsys):
     rows = [{"where": f"f:{i}"} for i in range(10)]
     assert keep_fitting(rows, [5, 50] * 5, 20) == rows[::2]
     assert "left out 5 of 10 rows" in (out := capsys.readouterr().out) and "f:1 (50 tokens)" in out
-    with pytest.raises(SystemExit, match="no row fits"):
+    with pytest.raises(InputError, match="no row fits"):
         keep_fitting(rows, [50] * 10, 20)
 
 
 def test_the_last_tenth_is_held_out():
     assert held_out(list(range(100))) == (list(range(90)), list(range(90, 100)))
     assert held_out([1, 2]) == ([1], [2])
-    with pytest.raises(SystemExit, match="needs at least two rows"):
+    with pytest.raises(InputError, match="needs at least two rows"):
         held_out([1])
 
 

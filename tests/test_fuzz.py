@@ -11,6 +11,7 @@ from hypothesis import strategies as st  # noqa: E402
 from data.chat import encode_chat  # noqa: E402
 from data.files import read_conversations, read_preferences, read_prompts, read_text  # noqa: E402
 from data.tokenizer import CharTokenizer, load_tokenizer  # noqa: E402
+from gpt import InputError  # noqa: E402
 
 pytestmark = pytest.mark.reference
 READERS = [read_text, read_conversations, read_preferences, read_prompts]
@@ -35,7 +36,7 @@ def read(reader, path):
     """The rows, or a message that names the file."""
     try:
         return reader(path)
-    except SystemExit as error:
+    except InputError as error:
         assert str(path) in str(error), error
         return None
 

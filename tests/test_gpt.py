@@ -14,6 +14,7 @@ from gpt import (
     GPT,
     Cache,
     GPTConfig,
+    InputError,
     ScalarModel,
     generate,
     load_checkpoint,
@@ -241,12 +242,12 @@ def test_saved_model_computes_the_same_after_loading(tiny, tmp_path):
 
 def test_checkpoint_of_another_shape_names_the_tensor(tiny, tmp_path):
     save(tmp_path / "ckpt.pt", tiny, n_embd=32)
-    with pytest.raises(SystemExit, match=r"wte.*\(64, 16\) there and \(64, 32\)|attn.*there and"):
+    with pytest.raises(InputError, match=r"wte.*\(64, 16\) there and \(64, 32\)|attn.*there and"):
         load_model(tmp_path / "ckpt.pt")
 
 
 def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(SystemExit, match="run `python train_sft.py` first"):
+    with pytest.raises(InputError, match="run `python train_sft.py` first"):
         load_checkpoint(tmp_path / "sft" / "ckpt.pt")
 
 
@@ -255,7 +256,7 @@ def test_damaged_checkpoint_is_a_clear_error(tiny, tmp_path):
     whole = (tmp_path / "ckpt.pt").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (tmp_path / "ckpt.pt").write_bytes(damaged)
-        with pytest.raises(SystemExit, match="is not a checkpoint of this project"):
+        with pytest.raises(InputError, match="is not a checkpoint of this project"):
             load_checkpoint(tmp_path / "ckpt.pt")
 
 
@@ -268,7 +269,7 @@ def test_failed_save_leaves_the_earlier_checkpoint(tiny, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(SystemExit, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         save(tmp_path / "ckpt.pt", tiny)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]

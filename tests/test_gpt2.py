@@ -26,7 +26,7 @@ from data.gpt2 import (
     write_safetensors,
 )
 from data.tokenizer import GPT2Tokenizer, make_tokenizer
-from gpt import GPT, GPTConfig, ScalarModel, generate, load_model
+from gpt import GPT, GPTConfig, InputError, ScalarModel, generate, load_model
 
 CONFIG = dict(model_type="gpt2", n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=N_VOCAB)
 
@@ -132,7 +132,7 @@ def test_logits_of_a_folder_are_those_of_transformers(tmp_path, safe, shard):
 )
 def test_foreign_folder_is_named_with_what_is_foreign(copy, change, message):
     (copy / "config.json").write_text(json.dumps(CONFIG | change))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(InputError, match=message):
         load_gpt2(copy)
 
 
@@ -140,32 +140,32 @@ def test_damaged_or_incomplete_folder_is_named_with_what_is_missing(copy):
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-30])
-    with pytest.raises(SystemExit, match="model.safetensors: truncated in the middle of ln_f.bias"):
+    with pytest.raises(InputError, match="model.safetensors: truncated in the middle of ln_f.bias"):
         load_gpt2(copy)
     weights.write_bytes(whole[:50])
-    with pytest.raises(SystemExit, match="model.safetensors: truncated, or not a safetensors file"):
+    with pytest.raises(InputError, match="model.safetensors: truncated, or not a safetensors file"):
         load_gpt2(copy)
     weights.write_bytes((10).to_bytes(8, "little") + b"not a JSON")
-    with pytest.raises(SystemExit, match="model.safetensors: not a safetensors file"):
+    with pytest.raises(InputError, match="model.safetensors: not a safetensors file"):
         load_gpt2(copy)
     weights.unlink()
-    with pytest.raises(SystemExit, match="neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(InputError, match="neither model.safetensors nor pytorch_model.bin"):
         load_gpt2(copy)
     (copy / "pytorch_model.bin").write_bytes(b"half a file")
-    with pytest.raises(SystemExit, match="pytorch_model.bin: cannot be read as a dict of tensors"):
+    with pytest.raises(InputError, match="pytorch_model.bin: cannot be read as a dict of tensors"):
         load_gpt2(copy)
     index = {"weight_map": {"wte.weight": "pytorch_model-1.bin"}}
     (copy / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(SystemExit, match="index.json names files that are not there: .*-1.bin"):
+    with pytest.raises(InputError, match="index.json names files that are not there: .*-1.bin"):
         load_gpt2(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(SystemExit, match="config.json: not valid JSON"):
+    with pytest.raises(InputError, match="config.json: not valid JSON"):
         load_gpt2(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(SystemExit, match="cannot read .*config.json"):
+    with pytest.raises(InputError, match="cannot read .*config.json"):
         load_gpt2(copy)
     (copy / "ckpt.pt").touch()
-    with pytest.raises(SystemExit, match="is the folder of a run: name its checkpoint, .*ckpt.pt"):
+    with pytest.raises(InputError, match="is the folder of a run: name its checkpoint, .*ckpt.pt"):
         load_gpt2(copy)
 
 
@@ -193,7 +193,7 @@ def test_name_is_downloaded_once_and_a_failure_says_what_to_fetch(
     server.server_close()
     load_init("gpt2")  # from the folder now
     assert sorted(os.listdir(tmp_path / "gpt2")) == ["config.json", "model.safetensors"]
-    with pytest.raises(SystemExit, match="cannot download http.*by hand.*gpt2-medium/config.json"):
+    with pytest.raises(InputError, match="cannot download http.*by hand.*gpt2-medium/config.json"):
         load_init("gpt2-medium")
     assert not list((tmp_path / "gpt2-medium").iterdir())
 
@@ -201,7 +201,7 @@ def test_name_is_downloaded_once_and_a_failure_says_what_to_fetch(
 def gpt2_tokenizer_is_there() -> bool:
     try:
         GPT2Tokenizer()
-    except SystemExit:
+    except InputError:
         return False
     return True
 
@@ -228,7 +228,7 @@ def test_every_stage_runs_from_gpt2_on_files_of_your_own(folder, tmp_path):
         kind = ScalarModel if stage == "rm" else GPT
         _, checkpoint = load_model(tmp_path / "out" / stage / "ckpt.pt", kind=kind)
         assert checkpoint["tokenizer"] == {"kind": "gpt2"}
-    with pytest.raises(SystemExit, match="--context 96: .* has 64"):
+    with pytest.raises(InputError, match="--context 96: .* has 64"):
         book = str(tmp_path / "book.txt")
         train_pretrain.main(train_pretrain.Config(init=str(folder), data=book, out=str(tmp_path)))
 
@@ -241,7 +241,7 @@ def test_pretraining_reads_files_of_token_ids(tmp_path):
     ids = [tokenizer.eot] + tokenizer.encode("To be, or not to be, that is the question. " * 30)
     for name in ("train", "val"):
         np.array(ids, np.uint16).tofile(tmp_path / f"{name}.bin")
-    with pytest.raises(SystemExit, match="holds ids of GPT-2: add --tokenizer gpt2"):
+    with pytest.raises(InputError, match="holds ids of GPT-2: add --tokenizer gpt2"):
         train_pretrain.main(train_pretrain.Config(**options))
     options["tokenizer"] = "gpt2"
     result = train_pretrain.main(train_pretrain.Config(**options))
@@ -249,7 +249,7 @@ def test_pretraining_reads_files_of_token_ids(tmp_path):
     expected = result["val_loss"] / math.log(2) * (len(ids) - 1) / text_bytes
     assert result["bits_per_byte"] == pytest.approx(expected)
     (tmp_path / "val.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match="cannot read .*val.bin as token ids"):
+    with pytest.raises(InputError, match="cannot read .*val.bin as token ids"):
         train_pretrain.main(train_pretrain.Config(**options))
 
 

@@ -11,6 +11,7 @@ from data.chat import Reply, question
 from data.files import held_out, read_preferences
 from data.preferences import Config, annotate, ask_human, end_with_a_tenth, main
 from data.town.tasks import demonstrate, draw_tasks
+from gpt import InputError
 
 
 @pytest.fixture
@@ -78,12 +79,12 @@ def test_people_annotate_prompts_of_their_own_and_a_reward_model_cannot_answer(
 
 
 def test_a_reward_model_cannot_be_asked_for_responses(chain):
-    with pytest.raises(SystemExit, match="rm/ckpt.pt is a reward model: another checkpoint"):
+    with pytest.raises(InputError, match="rm/ckpt.pt is a reward model: another checkpoint"):
         main(Config(out=str(chain), init=f"{chain}/rm/ckpt.pt"))
 
 
 def test_preferences_without_a_usable_pair_say_so(chain):
-    with pytest.raises(SystemExit, match="no pair is left"):
+    with pytest.raises(InputError, match="no pair is left"):
         main(Config(out=str(chain), name="few", pairs=10, max_new_tokens=2))
     assert not (chain / "few.jsonl").exists()
 

@@ -20,7 +20,15 @@ from data.chat import encode_prompt, question, sample_replies
 from data.files import held_out
 from data.run import Run, average_gradients, run_script
 from data.tokenizer import load_tokenizer
-from gpt import GPT, GPTConfig, ScalarModel, load_checkpoint, load_model, save_checkpoint
+from gpt import (
+    GPT,
+    GPTConfig,
+    InputError,
+    ScalarModel,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 
 
 def column(folder, name):
@@ -77,7 +85,7 @@ def test_resuming_with_other_options_is_refused(chain, tmp_path, monkeypatch):
     )
     with pytest.raises(SystemExit):
         run("pretrain", tmp_path)
-    with pytest.raises(SystemExit, match="had --batch_size 4, not 8"):
+    with pytest.raises(InputError, match="had --batch_size 4, not 8"):
         run("pretrain", tmp_path, resume=True, batch_size=8)
 
 
@@ -91,7 +99,7 @@ def test_same_seed_trains_the_same_model_and_another_seed_another(chain, tmp_pat
 def test_loss_that_is_not_finite_stops_and_leaves_the_earlier_results(tmp_path):
     run("pretrain", tmp_path)
     before = {p.name: p.read_bytes() for p in (tmp_path / "pretrain").iterdir() if p.is_file()}
-    with pytest.raises(SystemExit, match="at step [12].*last checkpoint is untouched"):
+    with pytest.raises(InputError, match="at step [12].*last checkpoint is untouched"):
         run("pretrain", tmp_path, lr=1e30, optimizer="adamw")
     after = {p.name: p.read_bytes() for p in (tmp_path / "pretrain").iterdir() if p.is_file()}
     assert before == after
@@ -241,7 +249,7 @@ def test_ppo_takes_a_reward_that_needs_no_reward_model(chain, tmp_path):
         with pytest.raises(ValueError, match=f"--reward {reward}: there are rm, gold"):
             run("ppo", tmp_path, reward=reward, data=data_file and str(tmp_path / data_file))
     (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "Hi"}] * 20))
-    with pytest.raises(SystemExit, match=r"prompts.json:1 \(row 1\): --reward exact needs"):
+    with pytest.raises(InputError, match=r"prompts.json:1 \(row 1\): --reward exact needs"):
         run("ppo", tmp_path, reward="exact", data=str(tmp_path / "prompts.json"))
 
 
@@ -265,7 +273,7 @@ def test_every_variant_of_dpo_starts_where_its_formula_says_and_learns(
 
 def test_missing_earlier_stage_names_the_command_to_run(tmp_path):
     for stage, needed in (("sft", "pretrain"), ("rm", "sft"), ("ppo", "sft"), ("dpo", "sft")):
-        with pytest.raises(SystemExit, match=f"run `python train_{needed}.py` first"):
+        with pytest.raises(InputError, match=f"run `python train_{needed}.py` first"):
             run(stage, tmp_path)
 
 
@@ -276,7 +284,7 @@ def test_missing_preferences_name_their_command_and_no_stage_samples_them(
     """What a stage costs would else depend on which of the two came first."""
     monkeypatch.setattr("data.preferences.sample_pairs", lambda *_: pytest.fail("pairs sampled"))
     shutil.copytree(chain / "sft", tmp_path / "sft")
-    with pytest.raises(SystemExit, match="preferences.jsonl: run `python -m data.preferences`"):
+    with pytest.raises(InputError, match="preferences.jsonl: run `python -m data.preferences`"):
         run(stage, tmp_path)
     assert not (tmp_path / "preferences.jsonl").exists()
     shutil.copy(chain / "preferences.jsonl", tmp_path)
@@ -306,7 +314,7 @@ def test_config_that_makes_no_sense_cannot_be_made(stage, options, message):
 
 
 def test_option_that_does_not_fit_the_checkpoint_is_a_clear_error(chain, tmp_path):
-    with pytest.raises(SystemExit, match="--n_layer 9: .*sft/ckpt.pt has 1"):
+    with pytest.raises(InputError, match="--n_layer 9: .*sft/ckpt.pt has 1"):
         run("rm", tmp_path, init=str(chain / "sft/ckpt.pt"), n_layer=9)
 
 
@@ -349,7 +357,7 @@ def test_full_disk_is_a_clear_error_and_leaves_the_earlier_results(tmp_path, mon
     monkeypatch.setattr(data.run, "plot", disk_full)
     options = [f"--{name}={value}" for name, value in TINY["pretrain"].items()]
     monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}", "--lr=0.001", *options])
-    with pytest.raises(SystemExit, match="No space left.*earlier runs are untouched"):
+    with pytest.raises(InputError, match="No space left.*earlier runs are untouched"):
         run_script(train_pretrain.main, train_pretrain.Config)
     assert (tmp_path / "pretrain" / "log.csv").read_bytes() == before
 

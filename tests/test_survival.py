@@ -14,6 +14,7 @@ from tiny_runs import SCRIPTS, interrupt, prepare, run, same
 import gpt
 import train_pretrain
 from data.run import run_script
+from gpt import InputError
 
 
 def in_a_child(work) -> int:
@@ -97,7 +98,7 @@ def test_nan_in_a_gradient_stops_the_run_and_leaves_the_last_checkpoint(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     steps = {"pretrain": dict(steps=20), "ppo": dict(iterations=8)}.get(stage, dict(epochs=4))
-    with pytest.raises(SystemExit, match=f"{stage}: .* is nan at step .* a lower learning rate"):
+    with pytest.raises(InputError, match=f"{stage}: .* is nan at step .* a lower learning rate"):
         run(stage, tmp_path, save_every=1 if stage == "ppo" else 4, **steps)
     checkpoint = gpt.load_checkpoint(tmp_path / stage / "unfinished" / "ckpt.pt")
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
@@ -109,21 +110,21 @@ def test_a_run_whose_folder_has_moved_is_resumed_there(chain, tmp_path, monkeypa
     interrupt("sft", tmp_path / "before", monkeypatch)
     (tmp_path / "before").rename(tmp_path / "after")
     elsewhere = str(chain / "pretrain" / "ckpt.pt")
-    with pytest.raises(SystemExit, match="the run to resume had --init .*before/pretrain.*, not "):
+    with pytest.raises(InputError, match="the run to resume had --init .*before/pretrain.*, not "):
         run("sft", tmp_path / "after", init=elsewhere, resume=True)
     run("sft", tmp_path / "after", resume=True)
     assert same(tmp_path / "after" / "sft", chain / "sft")
 
 
 def test_nothing_to_resume_is_a_clear_error(tmp_path):
-    with pytest.raises(SystemExit, match="no run to resume in .*unfinished.*leave it out"):
+    with pytest.raises(InputError, match="no run to resume in .*unfinished.*leave it out"):
         run("pretrain", tmp_path, resume=True)
 
 
 def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("a file where a folder should be")
     monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}/out", "--documents=300"])
-    with pytest.raises(SystemExit, match="cannot read or write: .*out"):
+    with pytest.raises(InputError, match="cannot read or write: .*out"):
         run_script(train_pretrain.main, train_pretrain.Config)
 
 
@@ -136,6 +137,6 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save(trap, tmp_path / "new.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(trap))
     for name in ("new.pt", "old.pt"):
-        with pytest.raises(SystemExit, match=f"{name} is not a checkpoint of this project"):
+        with pytest.raises(InputError, match=f"{name} is not a checkpoint of this project"):
             gpt.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "sprung").exists()

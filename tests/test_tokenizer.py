@@ -14,6 +14,7 @@ from data.tokenizer import (
     make_tokenizer,
     train_bpe,
 )
+from gpt import InputError
 
 TEXTS = [
     "Otto the owl lost his lantern.",
@@ -105,7 +106,7 @@ def test_loaded_tokenizer_encodes_as_the_saved_one(tokenizer):
 def test_character_tokenizer_knows_every_character_of_its_texts():
     tokenizer = make_tokenizer("char", ["to be,", "or not"], 0)
     assert tokenizer.decode(tokenizer.encode("born to be")) == "born to be"
-    with pytest.raises(SystemExit, match="the character 'x' is not among"):
+    with pytest.raises(InputError, match="the character 'x' is not among"):
         tokenizer.encode("x")
 
 
@@ -113,7 +114,7 @@ def test_character_tokenizer_knows_every_character_of_its_texts():
     "kind, n_vocab, message", [("bpe", 100, "at least 261"), ("words", 500, "there are")]
 )
 def test_impossible_tokenizer_is_a_clear_error(kind, n_vocab, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(InputError, match=message):
         make_tokenizer(kind, ["text"], n_vocab)
 
 
@@ -124,5 +125,5 @@ def test_gpt2_tokenizer_without_vocabulary_says_what_was_tried(monkeypatch, tmp_
     monkeypatch.setattr(
         tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no route"))
     )
-    with pytest.raises(SystemExit, match="no route.*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(InputError, match="no route.*TIKTOKEN_CACHE_DIR"):
         make_tokenizer("gpt2", [], 0)

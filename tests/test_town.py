@@ -19,6 +19,7 @@ from data.town.tasks import (
     draw_tasks,
 )
 from data.town.words import BAD_NEWS, COURTESIES, INSULTS
+from gpt import InputError
 
 
 def tasks(n=20, kinds=tuple(KINDS), **how):
@@ -94,7 +95,7 @@ def test_mixture_weighs_kinds():
 
 @pytest.mark.parametrize("mixture", ["sums", "story:x", "story,,"])
 def test_unknown_kind_in_a_mixture_is_a_clear_error(mixture):
-    with pytest.raises(SystemExit, match="--tasks.*not kind or kind:weight"):
+    with pytest.raises(InputError, match="--tasks.*not kind or kind:weight"):
         draw_tasks(10, 0, mixture)
 
 

@@ -17,6 +17,7 @@ from data.talk import Config as Talk
 from data.talk import find_checkpoints
 from data.talk import main as talk
 from data.town.tasks import SHOWN, TRAIN_KINDS
+from gpt import InputError
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_every_stage_takes_a_name_and_its_own(chain, tmp_path, stage):
 def test_a_name_of_another_stage_a_path_and_a_word_of_the_report_are_refused(runs, name):
     shutil.copytree(runs / "dpo", runs / "other")
     before = contents(runs.parent)
-    with pytest.raises(SystemExit, match=f"--name {re.escape(name)}: (choose a plain|a run of)"):
+    with pytest.raises(InputError, match=f"--name {re.escape(name)}: (choose a plain|a run of)"):
         run("ppo", runs, name=name)
     assert contents(runs.parent) == before
 
@@ -74,7 +75,7 @@ def test_a_stopped_variant_says_its_name_and_resumes_to_the_same_bits(
     said = capsys.readouterr().out
     assert "`python train_ppo.py --name mine --resume`" in said
     assert f"resumes {tmp_path}/mine/unfinished/ckpt.pt" in said
-    with pytest.raises(SystemExit, match="no run to resume in .*/ppo/unfinished"):
+    with pytest.raises(InputError, match="no run to resume in .*/ppo/unfinished"):
         run("ppo", tmp_path, resume=True)
     run("ppo", tmp_path, name="mine", resume=True)
     assert same(tmp_path / "mine", chain / "ppo")
@@ -112,7 +113,7 @@ def test_a_conversation_goes_on_until_the_end_of_the_input(chain):
 
 
 def test_without_any_model_there_is_nobody_to_talk_to(tmp_path):
-    with pytest.raises(SystemExit, match="no model is in .*run `python train_pretrain.py`"):
+    with pytest.raises(InputError, match="no model is in .*run `python train_pretrain.py`"):
         talk(Talk(out=str(tmp_path)))
 
 

@@ -17,7 +17,7 @@ from data.metrics import interval
 from data.run import find_device
 from data.talk import Speaker
 from data.town.tasks import Task, draw_tasks
-from gpt import ScalarModel, load_model
+from gpt import InputError, ScalarModel, load_model
 from train_rm import score_sequences
 
 # The commands of the README, and about how many minutes each takes on two cores.
@@ -93,7 +93,7 @@ def bases(out: Path, first: Path, seeds: int) -> list[Base]:
     missing = [job.result for job in (Job(first, stage) for stage in CHAIN)]
     missing = [path for path in missing if not path.exists()]
     if missing:
-        raise SystemExit(f"there is no {missing[0]}: run the README's commands first")
+        raise InputError(f"there is no {missing[0]}: run the README's commands first")
     others = [out / f"base {seed}" for seed in range(1, seeds)]
     for seed, other in enumerate(others, 1):
         run_jobs([Job(other, stage, {"seed": seed}, minutes) for stage, minutes in CHAIN.items()])

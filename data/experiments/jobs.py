@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.check import FOLDER as EXPECTED
+from gpt import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +52,7 @@ class Job:
         return self.is_begun() and self.result.exists()
 
     def run(self):
-        """Run it, or resume it. Exits with the last line that it said if it fails."""
+        """Run it, or resume it. Raises InputError with the last line that it said if it fails."""
         if not self.is_begun():  # what another command left there is of no use
             shutil.rmtree(self.folder, ignore_errors=True)
             self.result.unlink(missing_ok=True)
@@ -75,7 +76,7 @@ class Job:
             raise KeyboardInterrupt
         if code:
             said = log.read_text().strip().splitlines() or ["nothing"]
-            raise SystemExit(f"{' '.join(command)}: {said[-1]} (all of it in {log})")
+            raise InputError(f"{' '.join(command)}: {said[-1]} (all of it in {log})")
 
 
 def run_jobs(jobs: list[Job]):

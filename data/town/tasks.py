@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from data.town import words as town
 from data.town.words import RESIDENTS, capital
+from gpt import InputError
 
 
 @dataclass
@@ -538,20 +539,20 @@ def draw_tasks(n: int, seed, mixture: str = "", **options) -> list[Task]:
     """n tasks in random order, with as many of each kind as the mixture says.
 
     mixture: kinds with weights, such as "story:3,one_sum" for three stories to every sum; "" for
-    all kinds that are trained on, equally often. options: those of `draw`. Exits with a message for
+    all kinds that are trained on, equally often. options: those of `draw`. Raises InputError for
     an unknown kind, for a weight that is no whole number, and if all weights are 0.
     """
     names = []
     for entry in mixture.split(",") if mixture else TRAIN_KINDS:
         name, _, weight = entry.strip().partition(":")
         if name not in KINDS or not (weight or "1").isdigit():
-            raise SystemExit(
+            raise InputError(
                 f"--tasks {mixture}: {entry.strip()!r} is not kind or kind:weight; the kinds are "
                 f"{', '.join(KINDS)}"
             )
         names += [name] * int(weight or 1)
     if not names:
-        raise SystemExit(f"--tasks {mixture}: all weights are 0")
+        raise InputError(f"--tasks {mixture}: all weights are 0")
     rng = random.Random(f"tasks {seed}")
     tasks = [draw(names[i % len(names)], rng, **options) for i in range(n)]
     rng.shuffle(tasks)
