@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,10 +49,23 @@ class GPTConfig:
     n_head: int
     n_embd: int  # channels
 
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name} is {value!r}, not a whole number above 0")
+        if self.n_embd % self.n_head:
+            raise InputError(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
+
     @property
     def padded_vocab(self) -> int:
         """Rows of the token table: a multiple of 64, which GPUs multiply faster."""
         return math.ceil(self.vocab_size / 64) * 64
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in a GPT. In each block attention's matrices have 4 C^2 and the MLP's 8 C^2."""
+        C = self.n_embd
+        return (self.padded_vocab + self.context + 2) * C + self.n_layer * (12 * C + 13) * C
 
 
 class Cache:
@@ -162,8 +176,6 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_head {config.n_head} must divide n_embd {config.n_embd}")
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd)
         self.wpe = nn.Embedding(config.context, config.n_embd)
@@ -280,15 +292,16 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logprobs = logits.log_softmax(1)
         ids = logits.argmax(1)
         return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-30)  # a logit over less could be infinite
     if top_k and top_k < logits.shape[1]:
         smallest = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if top_p < 1:
         sorted_logits, order = logits.sort(dim=1, descending=True)
         before = sorted_logits.softmax(1).cumsum(1) - sorted_logits.softmax(1)
-        out = (before >= top_p).scatter(1, order, before >= top_p)  # back to the order of ids
-        logits = logits.masked_fill(out, -math.inf)
+        out = before >= top_p
+        out[:, 0] = False  # the likeliest stays, even where top_p is 0 in float32
+        logits = logits.masked_fill(out.scatter(1, order, out), -math.inf)  # in the order of ids
     probs = logits.softmax(1)
     # Inverse transform: lay the probabilities end to end and see where a uniform number falls. In
     # float64, so that rare tokens keep their probability; but Apple's GPUs have none.
@@ -389,6 +402,8 @@ def generate(
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 
+STAGES = ("pretrain", "sft", "rm", "ppo", "dpo")  # train_<stage>.py writes out/<stage>/ckpt.pt
+
 
 def fingerprint(*things) -> str:
     """16 hexadecimal digits that are the same for equal things, and for hardly any others.
@@ -416,32 +431,46 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
     Raises InputError if it cannot be written (a full disk, a read-only folder); the file that
     was there before is then still there.
     """
-    path, partial = Path(path), Path(f"{path}.tmp")
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process has its own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, partial)
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot save {path}: {error}. An earlier file there is untouched.")
+    except (OSError, RuntimeError) as error:
+        # "No space left on device" is only in the error that torch met before it raised its own.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"cannot save {path}: {reason}. An earlier file there is untouched.")
+    finally:
+        if partial.exists():
+            partial.unlink()
 
 
 def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
-    """Read a checkpoint without unpickling code. Raises InputError if that is impossible.
+    """Read a checkpoint without unpickling code. Raises InputError if it is damaged, or is none.
 
-    mmap: leave the weights on disk until they are used.
+    mmap: leave the weights on disk until they are used, and do not look for damage in them.
     """
     path = Path(path)
     if not path.exists():
         message, stage = f"there is no checkpoint {path}", path.parent.name
-        if stage in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        if stage in STAGES:
             message += f": run `python train_{stage}.py` first, or name another checkpoint"
-        raise InputError(message)
+        raise InputError(message + " with --rm" * (stage == "rm"))
     try:
+        with zipfile.ZipFile(path) as file:
+            if not mmap and file.testzip():  # torch.load does not see most flipped bits
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-        checkpoint["stage"], checkpoint["model"], checkpoint["model_config"]
+        if (stage := checkpoint.get("stage")) not in STAGES:
+            raise ValueError(f"its stage is {stage!r}")
+        for name in ("model", "model_config", "tokenizer"):
+            if not isinstance(checkpoint.get(name), dict):
+                raise ValueError(f"its {name} is missing, or no dict")
     except Exception as error:  # truncated, a pickle with code in it, some other file
-        raise InputError(f"{path} is not a checkpoint of this project: {str(error)[:200]}")
+        reason = str(error).partition(". ")[0]  # what follows in torch is how to run such code
+        raise InputError(f"{path} is not a checkpoint of this project, or damaged: {reason}")
     return checkpoint
 
 
@@ -450,26 +479,26 @@ def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dic
     the `fingerprint` of the model and its tokenizer is added.
 
     kind: GPT, or ScalarModel for a reward model. Raises InputError if the checkpoint holds the
-    other.
+    other, or things that do not fit together.
     """
     checkpoint = load_checkpoint(path, device)
     if (checkpoint["stage"] == "rm") != (kind is ScalarModel):
         found = "a language model" if kind is ScalarModel else "a reward model"
         raise InputError(f"{path} is {found}: another checkpoint is needed here")
-    model = kind(GPTConfig(**checkpoint["model_config"]))
-    load_weights(model, checkpoint.pop("model"), path)
-    checkpoint["fingerprint"] = fingerprint(model.state_dict(), checkpoint["tokenizer"])
+    weights = checkpoint.pop("model")
+    try:
+        config = GPTConfig(**checkpoint["model_config"])
+        if 4 * config.n_parameters > os.path.getsize(path):  # perhaps more than the memory, too
+            raise ValueError("model_config is that of a larger model")
+        model = kind(config)
+        model.load_state_dict(weights)  # names what is missing, or of another shape
+        for name, weight in weights.items():
+            if weight.dtype != torch.float32 or not weight.isfinite().all():
+                raise ValueError(f"{name} is not float32, or holds nan or inf")
+        checkpoint["fingerprint"] = fingerprint(weights, checkpoint["tokenizer"])
+    except Exception as error:
+        raise InputError(f"{path}: {str(error)[:300]}")
     return model.to(device).eval(), checkpoint
-
-
-def load_weights(model: nn.Module, weights: dict, where: str | Path):
-    """load_state_dict, with a message that says which tensor differs and how."""
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | weights.keys()):
-        ours, theirs = (tuple(w[name].shape) if name in w else None for w in (wanted, weights))
-        if ours != theirs:
-            raise InputError(f"{where}: {name} is {theirs} there and {ours} in this model")
-    model.load_state_dict(weights)
 
 
 if __name__ == "__main__":  # `python gpt.py` talks; nothing above needs the rest of the project

@@ -54,6 +54,8 @@ float32. Without gradients, three numbers per row and tile.
 Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor.
 """
 
+import functools
+
 import torch
 from torch.autograd import Function
 
@@ -71,6 +73,20 @@ WORKSPACE = 2**30  # bytes of logits, or of their gradient, held at one time on 
 INTERPRET = False  # tests set it, to run the kernel on a CPU in Triton's interpreter
 
 
+def _untraced(function):
+    """Inside somebody's torch.compile, run as outside: PyTorch 2.11 cannot trace `out_dtype`."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            # Not before it is needed: it imports the compiler, which takes seconds.
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_untraced
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -102,6 +118,7 @@ def linear_cross_entropy(
     return scale * total
 
 
+@_untraced
 def linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -131,7 +148,8 @@ def _rows_that_count(hidden, weight, target):
     """Drop ignored rows: (hidden, target, mask of the rows kept, or None if that is all)."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit"
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they must "
+            "be (N, C) and (V, C), so flatten batch and time"
         )
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"target {tuple(target.shape)} must have one entry per row of hidden")
@@ -258,10 +276,16 @@ def _accumulate(dz, v, hidden, weight, rows, d_hidden, d_weight):
         in_float32 = {}
     elif not dz.is_cuda:  # where out_dtype does not exist
         dz, weight, hidden, in_float32 = dz.float(), weight.float(), hidden.float(), {}
-    if d_hidden is not None:
-        d_hidden[rows] = v[:, None] * torch.mm(dz, weight, **in_float32)
-    if d_weight is not None:
-        torch.addmm(d_weight, dz.T, hidden, out=d_weight, **in_float32)
+    with _no_autocast(dz):
+        if d_hidden is not None:
+            d_hidden[rows] = v[:, None] * torch.mm(dz, weight, **in_float32)
+        if d_weight is not None:
+            torch.addmm(d_weight, dz.T, hidden, out=d_weight, **in_float32)
+
+
+def _no_autocast(x):
+    """Inside somebody's torch.autocast, float32 products would be rounded to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _forbid_double_backward():
@@ -334,7 +358,8 @@ def _logit_gradients(hidden, weight, target, temperature, statistics, g, h):
 
 def _logits(hidden, weight, temperature=1.0):
     dtype = _precision(hidden)  # the product of bfloat16 matrices would be rounded to bfloat16
-    z = hidden.to(dtype) @ weight.to(dtype).T
+    with _no_autocast(hidden):
+        z = hidden.to(dtype) @ weight.to(dtype).T
     return z if temperature == 1.0 else z.div_(temperature)
 
 

@@ -64,6 +64,7 @@ from data.run import (
 from data.tokenizer import load_tokenizer
 from data.town.gold import gold
 from data.town.tasks import SHOWN, draw_tasks
+from gpt import InputError, fingerprint
 from kernels import linear_logprobs
 
 
@@ -175,7 +176,7 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
-    rows = load_preferences(cfg.data)
+    rows = load_preferences(cfg.data, checkpoint["fingerprint"])
     for row in rows:
         for side in ("chosen", "rejected"):
             response = [{"role": "assistant", "content": row[side]}]
@@ -236,11 +237,16 @@ def main(cfg: Config) -> dict:
 
     # ---- held-out prompts to sample on: of the town, where there is a gold reward, or of the file
     of_town = all("gold" in row for row in rows)
-    tasks = draw_tasks(150, "dpo", split="test") if of_town else []
-    asked = [question(task.prompt) for task in tasks]
-    if not of_town:
-        asked = [row["messages"] for row in test_rows[:100]]
+    asked = [row["messages"] for row in test_rows[:100]]
+    if of_town:
+        tasks = draw_tasks(150, "dpo", split="test")
+        asked = [question(task.prompt) for task in tasks]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
+    if max(map(len, prompts)) >= model.config.context:
+        raise InputError(
+            f"questions of the town leave no room for a response in a context of "
+            f"{model.config.context} tokens; pretrain with a larger --context"
+        )
 
     @torch.no_grad()
     def evaluate() -> dict:
@@ -268,7 +274,9 @@ def main(cfg: Config) -> dict:
         return numbers
 
     # ---- training
-    for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
+    learned = [[row["chosen_ids"], row["rejected_ids"]] for row in all_rows]
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(learned)}
+    for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
         sums = torch.zeros(4, device=device)  # loss, margin, log-ratios of chosen and rejected

@@ -59,7 +59,7 @@ from data.run import (
 from data.tokenizer import load_tokenizer
 from data.town.gold import final_answer, gold
 from data.town.tasks import SHOWN, draw_tasks, task_rows
-from gpt import InputError, ScalarModel, load_model
+from gpt import InputError, ScalarModel, fingerprint, load_model
 from kernels import linear_logprobs
 from train_rm import score_sequences
 
@@ -79,9 +79,9 @@ class Config:
     # reward
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (final answers)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
-    target_kl: float = 0.0  # KL per response that beta is adapted to reach (0 = beta stays fixed)
+    target_kl: float = 0.0  # KL per response to reach, by 2 % of beta an iteration (0 = beta stays)
     gamma: float = 1.0  # discount
-    lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic
+    lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic, errors and all
     # updates
     epochs: int = 2  # passes over the rollouts of an iteration
     minibatch: int = 64  # responses per optimizer step
@@ -278,6 +278,22 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
     return encode(task_rows(tasks)), encode(task_rows(test_tasks))
 
 
+def load_reward_model(cfg, checkpoint: dict, device) -> tuple[ScalarModel, str]:
+    """The frozen reward model, and its fingerprint. checkpoint: that of the policy at its start.
+
+    Raises InputError if the two read different tokens.
+    """
+    model, found = load_model(cfg.rm, device, ScalarModel)
+    if found["tokenizer"] != checkpoint["tokenizer"]:
+        raise InputError(f"{cfg.rm} has another tokenizer than {cfg.init}")
+    if found.get("made_from", {}).get("init") not in (None, checkpoint["fingerprint"]):
+        print(
+            f"note: {cfg.rm} was trained from another model than {cfg.init}, and normalised on "
+            "samples of that one: here its scores need not have mean 0 and SD 1"
+        )
+    return model.requires_grad_(False), found["fingerprint"]
+
+
 def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
     """What the policy is trained on, for each reply to a row: (B,), on the CPU.
 
@@ -332,13 +348,10 @@ def main(cfg: Config) -> dict:
     policy, checkpoint = load_init(cfg.init, device)
     ref, _ = load_init(cfg.init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    reward_model = None
+    made_from, reward_model = {"init": checkpoint["fingerprint"]}, None
     if cfg.reward == "rm":
-        reward_model, rm_checkpoint = load_model(cfg.rm, device, ScalarModel)
+        reward_model, made_from["rm"] = load_reward_model(cfg, checkpoint, device)
         critic, _ = load_model(cfg.rm, device, ScalarModel)
-        if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
-            raise InputError(f"{cfg.rm} has another tokenizer than {cfg.init}")
-        reward_model.requires_grad_(False)
         set_speed(cfg, reward_model)
     else:
         critic = ScalarModel.from_gpt(policy).to(device)
@@ -362,7 +375,8 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     trained = dict(critic=critic, kl_coefficient=kl_coefficient, **optimizers)
-    for iteration in run.steps(cfg.iterations, policy, tokenizer, **trained):
+    made_from["data"] = fingerprint([row["ids"] for row in rows + test_rows])
+    for iteration in run.steps(cfg.iterations, policy, tokenizer, made_from, **trained):
         rng = np.random.default_rng([cfg.seed, iteration])  # so that --resume repeats it
 
         # 1. Roll out: the policy answers, and every model reads the answers.
@@ -412,7 +426,8 @@ def main(cfg: Config) -> dict:
         kl, beta = log_ratio.sum(1), kl_coefficient.beta  # kl (B,): k1, summed over the response
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+        variance = returns[mask].var(correction=0).clamp(min=1e-8)
+        unexplained = (returns - old_values)[mask].var(correction=0) / variance
         advantages = whiten(advantages, mask)
 
         # 3. Update policy and critic on these rollouts.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data.chat import encode_opening, pad, sorted_batches
-from data.files import held_out, read_text
+from data.files import held_out, read_texts, read_tokens, write_tokens
 from data.gpt2 import load_init
 from data.run import (
     WORLD,
@@ -41,7 +41,7 @@ from data.run import (
 )
 from data.tokenizer import load_tokenizer, make_tokenizer
 from data.town.documents import documents
-from gpt import GPT, GPTConfig, InputError, generate
+from gpt import GPT, GPTConfig, InputError, fingerprint, generate
 from kernels import linear_cross_entropy
 
 
@@ -99,36 +99,11 @@ def read_documents(cfg: Config) -> tuple[list[str], list[str]]:
     """Documents to train on and to validate on, of the town or of a text file."""
     if not cfg.data:
         return documents(cfg.documents, cfg.seed), documents(1000, "validation")
-    texts = [text for text in read_text(cfg.data).split("<|endoftext|>") if text.strip()]
+    texts = read_texts(cfg.data)
     if len(texts) > 1:
         return held_out(texts)
     cut = len(texts[0]) * 9 // 10  # one document: its last tenth is for validation
     return [texts[0][:cut]], [texts[0][cut:]]
-
-
-def write_tokens(texts: list[str], tokenizer, path: Path):
-    """Encode documents into one file of ids, end-of-text before each: where the next one begins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        for text in texts:
-            ids = [tokenizer.eot] + tokenizer.encode(text)
-            np.array(ids, dtype=token_dtype(tokenizer)).tofile(file)
-
-
-def read_tokens(tokenizer, path: Path) -> np.memmap:
-    """That file, memory-mapped: it may be larger than the memory.
-
-    Raises InputError if it is unreadable.
-    """
-    try:
-        return np.memmap(path, dtype=token_dtype(tokenizer), mode="r")
-    except (OSError, ValueError) as error:  # not there; empty, or half a token at the end
-        raise InputError(f"cannot read {path} as token ids: {error}")
-
-
-def token_dtype(tokenizer):
-    """Two bytes per token where they suffice."""
-    return np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
 
 
 def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
@@ -136,9 +111,10 @@ def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
 
     A row that began in the middle of a document would ask for names that were introduced before
     it. Rows may run on into the next documents, though, and then see the one before, as in GPT-2.
-    Returns the positions (N + 1,), of which the last is the end of the tokens.
+    A document begins at end-of-text; what stands before the first one is a document, too. Returns
+    the positions (N + 1,), of which the first is 0 and the last is the end of the tokens.
     """
-    starts = np.flatnonzero(tokens == eot)
+    starts = np.union1d([0], np.flatnonzero(tokens == eot))
     ends = np.append(starts[1:], len(tokens))
     cuts = [np.arange(start, end, context) for start, end in zip(starts, ends)]
     return np.concatenate([*cuts, [len(tokens)]])
@@ -220,12 +196,12 @@ def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
 
 @torch.no_grad()
 def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) -> float:
-    """Mean loss in nats over all tokens (cuts: see `cut_documents`).
+    """Mean loss in nats over all tokens but the first (cuts: see `cut_documents`).
 
     A token is predicted from what stands before it in its own piece: a document, or `context`
     tokens of a longer one.
     """
-    total, device = 0.0, model.wte.weight.device
+    total, scored, device = 0.0, 0, model.wte.weight.device
     for batch in sorted_batches(np.diff(cuts)):
         rows = [tokens[cuts[i] : cuts[i + 1] + 1].tolist() for i in batch]
         # What stands behind the end of a row does not count: its target is -100.
@@ -233,7 +209,8 @@ def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) 
         hidden = model(idx.to(device)).flatten(0, 1)
         target = target.flatten().to(device)
         total += linear_cross_entropy(hidden, model.head, target, reduction="sum").item()
-    return total / (len(tokens) - 1)
+        scored += (target != -100).sum().item()
+    return total / scored
 
 
 PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
@@ -250,8 +227,10 @@ def main(cfg: Config) -> dict:
     # ---- documents, and a tokenizer and a model to read them
     token_file = cfg.data.endswith(".bin")  # ids of GPT-2's tokenizer, from data.download
     train_texts, val_texts = ([], []) if token_file else read_documents(cfg)
+    made_from = {}
     if cfg.init:
         model, checkpoint = load_init(cfg.init, device)
+        made_from["init"] = checkpoint["fingerprint"]
         tokenizer = load_tokenizer(checkpoint["tokenizer"])
         if cfg.context > model.config.context:
             raise InputError(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
@@ -272,7 +251,8 @@ def main(cfg: Config) -> dict:
         paths = Path(cfg.data), Path(cfg.data).with_name("val.bin")
         val_texts = [tokenizer.decode(read_tokens(tokenizer, paths[1]).tolist())]
     else:
-        paths = run.folder / "train.bin", run.folder / "val.bin"
+        run.make_folder()
+        paths = run.unfinished / "train.bin", run.unfinished / "val.bin"
         for texts, path in zip((train_texts, val_texts), paths):
             on_first_rank(write_tokens, texts, tokenizer, path)
     train, val = (read_tokens(tokenizer, path) for path in paths)
@@ -291,7 +271,8 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- training
-    for step in run.steps(cfg.steps, model, tokenizer, **optimizers):
+    made_from["data"] = fingerprint(train, val)
+    for step in run.steps(cfg.steps, model, tokenizer, made_from, **optimizers):
         rng = np.random.default_rng([cfg.seed, step])
         batch = shard(rng.choice(starts, cfg.batch_size))
         rows = np.stack([train[i : i + cfg.context + 1] for i in batch]).astype(np.int64)

@@ -55,7 +55,7 @@ from data.run import (
     step_optimizers,
 )
 from data.tokenizer import load_tokenizer
-from gpt import InputError, ScalarModel
+from gpt import InputError, ScalarModel, fingerprint
 
 
 @dataclass
@@ -146,7 +146,7 @@ def main(cfg: Config) -> dict:
     )
 
     # ---- data
-    rows = load_preferences(cfg.data)
+    rows = load_preferences(cfg.data, checkpoint["fingerprint"])
     for row in rows:
         prompt = encode_prompt(tokenizer, row["messages"])
         row["chosen_ids"] = prompt + encode_reply(tokenizer, row["chosen"])
@@ -169,7 +169,9 @@ def main(cfg: Config) -> dict:
             yield score_sequences(model, [row[side] for row in test_rows], tokenizer.pad)
 
     # ---- training
-    for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
+    learned = [[row["chosen_ids"], row["rejected_ids"]] for row in rows + test_rows]
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(learned)}
+    for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
         loss = accuracy = 0.0

@@ -40,6 +40,7 @@ from data.run import (
 )
 from data.tokenizer import load_tokenizer
 from data.town.tasks import SHOWN, demonstrations
+from gpt import fingerprint
 from kernels import linear_cross_entropy
 
 
@@ -150,7 +151,9 @@ def main(cfg: Config) -> dict:
         return tokens.to(device), mask.to(device)
 
     # ---- training
-    for step in run.steps(len(batches), model, tokenizer, optimizer=optimizer):
+    learned = [[row["ids"], row["mask"]] for row in rows + val_rows]
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(learned)}
+    for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         loss = n_tokens = 0.0
         for microbatch in microbatches(shard(batch), cfg.microbatch):

@@ -135,7 +135,7 @@ def sample_replies(
     stop: the token that ends a response (None = end-of-turn; a base model stops at end-of-text).
     options: the other ones of `generate`. Raises InputError if a prompt fills the context.
     """
-    longest, context = max(map(len, prompts)), model.config.context
+    longest, context = max(map(len, prompts), default=0), model.config.context
     if longest >= context:
         raise InputError(
             f"a prompt of {longest} tokens leaves no room for a response in a context of "
@@ -161,9 +161,15 @@ def sample_replies(
 def transcript(model: GPT, tokenizer, conversations, max_new_tokens: int, seed: int) -> str:
     """One sampled response to each conversation, for samples.txt: none is cherry-picked.
 
-    Of each it has the last message, as in "> What is 4-2?", and below it the response.
+    Of each it has the last message, as in "> What is 4-2?", and below it the response. One that
+    fills the context gets none: after a training run that is no reason to fail.
     """
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
-    replies = sample_replies(model, tokenizer, prompts, max_new_tokens, seed)
-    questions = [messages[-1]["content"] for messages in conversations]
-    return "".join(f"> {text}\n{reply.text}\n\n" for text, reply in zip(questions, replies))
+    fits = [len(prompt) < model.config.context for prompt in prompts]
+    fitting = [prompt for prompt, fit in zip(prompts, fits) if fit]
+    replies = iter(sample_replies(model, tokenizer, fitting, max_new_tokens, seed))
+    text = ""
+    for messages, fit in zip(conversations, fits):
+        response = next(replies).text if fit else "(no room in the context for a response)"
+        text += f"> {messages[-1]['content']}\n{response}\n\n"
+    return text

@@ -12,6 +12,7 @@ curve may be off for other reasons.
 """
 
 import csv
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -190,14 +191,14 @@ class Check:
         if hasattr(cfg, "resolved"):  # a default spelled out is the same file
             default, cfg = default.resolved(), cfg.resolved()
         defaults = asdict(default)
-        if cfg.data != default.data:
+        if not same(cfg.data, default.data):
             raise InputError("--check knows the curves of the town, not those of --data")
         self.stage, self.off = stage, []  # off: the columns that were reported
         self.compared = set()  # the columns that had a value in some window
         with open(FOLDER / f"{stage}.csv") as file:
             self.bands = list(csv.DictReader(file))
         for name, value in asdict(cfg).items():
-            if name not in FREE and value != defaults[name]:
+            if name not in FREE and not same(value, defaults[name]):
                 print(f"check: the bands are of --{name} {defaults[name]!r}, not of {value!r}")
 
     def look(self, rows: list[dict], step: int) -> list[str]:
@@ -237,6 +238,16 @@ class Check:
             return "check: the run ended before there was a curve to compare"
         which = "all" if self.compared == columns else f"{len(self.compared)} of"
         return f"check: {which} {len(columns)} curves are within their bands"
+
+
+def same(value, default) -> bool:
+    """Whether an option has this value; texts are equal if, taken as paths, they lead to one place.
+
+    out/sft/ckpt.pt and ./out/sft/ckpt.pt are; rm and gold are not, wherever one is.
+    """
+    if isinstance(value, str):
+        return os.path.realpath(value) == os.path.realpath(default)
+    return value == default
 
 
 def window_mean(rows: list[dict], column: str, first: int, last: int) -> float:

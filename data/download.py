@@ -23,11 +23,10 @@ turn with these, a loop that follows the recipe (2,000 steps of 12 rows, AdamW) 
 """
 
 import argparse
-import gzip
 import hashlib
 import http.client
-import json
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.files import write_rows
+from data.files import read_rows, replacing, shard_header, write_rows
 from data.run import number
 from gpt import InputError
 
@@ -81,15 +80,23 @@ class NoteHash(urllib.request.HTTPRedirectHandler):
 def fetch(file: File, path: Path, megabytes: float = 0.0):
     """Download a file to path, unless it is there; if megabytes > 0, only its first megabytes.
 
-    Until it is complete it is path.part, from which the next call resumes. The sha256 is checked,
-    except for a first part. Raises InputError that names the URL if the download fails.
+    Until it is complete it is path.part, from which the next call resumes, as it does from a path
+    with fewer megabytes. The sha256 is checked, except for a first part. Raises InputError that
+    names the URL if the download fails, or if a web page comes in place of the file.
     """
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.part")
-    done = partial.stat().st_size if partial.exists() else 0
     last = int(megabytes * 1e6) - 1 if megabytes else ""  # of the bytes to ask for
+    if path.exists():
+        with open(path, "rb") as there:
+            refuse_pages(there.read(1000), f"{path} is", "Delete it")
+        if not megabytes or path.stat().st_size > last:
+            return
+        os.replace(path, partial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = partial.stat().st_size if partial.exists() else 0
+    if megabytes and done > last:
+        os.replace(partial, path)
+        return
     by_hand = f"Try again, or fetch {file.url} by hand and save it as {path}"
     request = urllib.request.Request(file.url, headers={"User-Agent": "data.download"})
     if done or megabytes:
@@ -101,15 +108,19 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
                 done = 0
             remaining = response.headers.get("Content-Length")
             total = done + int(remaining) if remaining else None
+            block = response.read(1 << 16)
+            if not done:  # before it takes the place of what is there of the file
+                refuse_pages(block, f"{file.url}: the server sent", by_hand)
             bar = tqdm(desc=path.name, total=total, initial=done, unit="B", unit_scale=True)
             with open(partial, "ab" if done else "wb") as out, bar:
-                while block := response.read(1 << 16):
+                while block:
                     out.write(block)
                     bar.update(len(block))
                     if megabytes and out.tell() > last:
                         out.truncate(last + 1)
                         total = last + 1
                         break
+                    block = response.read(1 << 16)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # "Range Not Satisfiable": no byte is missing from the partial file
             raise InputError(f"cannot download {file.url}: {error}. {by_hand}")
@@ -134,22 +145,25 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
                 f"{file.url}: sha256 is {found}, not {expected}: it has changed at the source or "
                 "was damaged on the way, so it was deleted"
             )
-    with open(partial, "rb") as complete:
-        if complete.read(20).startswith(b"version https://git-"):
-            partial.unlink()
-            raise InputError(f"{file.url}: the server sent a Git LFS pointer instead of the file")
     os.replace(partial, path)
+
+
+def refuse_pages(start: bytes, it_is: str, remedy: str):
+    """Raises InputError if a file with this start is what servers send in place of a file.
+
+    A page to log in, say, which comes with status 200, as if all were well.
+    """
+    for pattern, what in (
+        (rb"\s*(\xef\xbb\xbf)?\s*<[a-zA-Z!?]", "a web page"),  # and not "<|endoftext|>"
+        (rb"version https://git-", "a Git LFS pointer"),
+        (rb"\Z", "an empty page"),
+    ):
+        if re.match(pattern, start):
+            raise InputError(f"{it_is} {what} instead of the file. {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------
 # From the forms of the sources to those of data/files.py
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects in a JSONL file, gzipped or not."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
 
 
 def write_lines(rows: list[dict], path: Path):
@@ -167,60 +181,41 @@ def whole_stories(paths, folder):
     text = paths[0].read_bytes().decode("utf-8", errors="ignore")
     end = "<|endoftext|>"
     stories = text[: text.rfind(end)] if end in text else text
-    (folder / "stories.txt").write_text(stories, encoding="utf-8")
-    print(f"{stories.count(end) + 1:,} stories in {folder}/stories.txt")
+    with replacing(folder / "stories.txt") as partial:
+        partial.write_text(stories, encoding="utf-8")
+    print(f"{stories.count(end) + 1:,} stories, {len(text) / 1e6:.1f} MB, in {folder}/stories.txt")
 
 
 def fineweb(paths, folder):
     """Shards of GPT-2's token ids -> train.bin, val.bin: files of nothing but uint16 ids.
 
-    The first shard gives a million tokens for validation, the others are for training. A shard is
-    256 int32 (a magic number, the version, the number of tokens, zeros), then the tokens as uint16.
-    Shards are kept, so that a larger --megabytes later downloads only new ones. Raises
-    InputError if a shard is damaged.
+    The first shard gives a million tokens for validation, the others are for training. They are
+    kept, so that a larger --megabytes later downloads only new ones. Raises InputError if one is
+    damaged.
     """
     for path in paths:
-        header = np.fromfile(path, "<i4", count=256)
-        if (
-            len(header) < 256
-            or header[0] != 20240520
-            or path.stat().st_size != 1024 + 2 * header[2]
-        ):
-            raise InputError(f"{path}: not a shard of tokens, or truncated; delete it")
-    np.fromfile(paths[0], "<u2", count=10**6, offset=1024).tofile(folder / "val.bin")
-    with open(folder / "train.bin.part", "wb") as train:
-        for path in paths[1:]:
-            np.fromfile(path, "<u2", offset=1024).tofile(train)
-    os.replace(folder / "train.bin.part", folder / "train.bin")
-    tokens = (folder / "train.bin").stat().st_size // 2
-    print(f"{tokens:,} tokens in {folder}/train.bin, 1,000,000 in {folder}/val.bin")
-
-
-def dolly(paths, folder):
-    """Instructions and responses that people wrote, without the few responses that are blank."""
-    names = {"instruction": "instruction", "context": "input", "response": "output"}
-    rows = [{ours: row[theirs] for theirs, ours in names.items()} for row in read_lines(paths[0])]
-    write_lines([row for row in rows if row["output"].strip()], folder / "rows.jsonl")
+        if not shard_header(path):
+            raise InputError(f"{path} is not a shard of tokens")
+    tokens = [np.memmap(path, np.uint16, mode="r", offset=1024) for path in paths]
+    tokens[0] = tokens[0][: 10**6]
+    for name, parts in (("val.bin", tokens[:1]), ("train.bin", tokens[1:])):
+        with replacing(folder / name) as partial, open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+        print(f"{sum(map(len, parts)):,} tokens in {folder}/{name}")
 
 
 def gsm8k(paths, folder):
     """Word problems. A solution ends with "#### 42", which `train_ppo.py --reward exact` reads."""
     for path, name in zip(paths, ("train", "test")):
-        rows = [{"prompt": r["question"], "response": r["answer"]} for r in read_lines(path)]
+        rows = [{"prompt": r["question"], "response": r["answer"]} for r in read_rows(path)]
         write_lines(rows, folder / f"{name}.jsonl")
-
-
-def lambada(paths, folder):
-    """Passages whose last word can only be guessed from the whole passage."""
-    texts = [row["text"] for row in read_lines(paths[0])]
-    (folder / "passages.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
-    print(f"{len(texts):,} passages in {folder}/passages.txt")
 
 
 def helpsteer2(paths, folder):
     """Two responses, and how much better the second is, from -3 to 3; 0, a tie, is left out."""
     rows = []
-    for row in read_lines(paths[0]):
+    for row in read_rows(paths[0]):
         one, two, strength = row["response_1"], row["response_2"], row["preference_strength"]
         if strength:
             chosen, rejected = (two, one) if strength > 0 else (one, two)
@@ -255,7 +250,7 @@ def oasst1(paths, folder):
     def rank(reply):
         return reply["rank"]
 
-    for tree in read_lines(paths[0]):
+    for tree in read_rows(paths[0]):
         if tree["prompt"].get("lang") == "en":
             walk(tree["prompt"], [])
     write_lines(demonstrations, folder / "rows.jsonl")
@@ -321,8 +316,8 @@ SOURCES = {
         "CC BY-SA 3.0",
         "15,000 instructions with responses, written by people",
         [File(f"{HUB}/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl")],
-        dolly,
-        "python train_sft.py --init gpt2 --data {folder}/rows.jsonl",
+        as_they_are,
+        "python train_sft.py --init gpt2 --data {folder}/databricks-dolly-15k.jsonl",
     ),
     "oasst1": Source(
         "sft, rm, ppo, dpo",
@@ -389,8 +384,8 @@ SOURCES = {
                 "4aa8d02c",
             )
         ],
-        lambada,
-        "python train_pretrain.py --init gpt2 --data {folder}/passages.txt",
+        as_they_are,
+        "python train_pretrain.py --init gpt2 --data {folder}/lambada_test.jsonl",
     ),
 }
 ALL_STORIES = File(f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt")
@@ -399,8 +394,8 @@ ALL_STORIES = File(f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT
 def get(name: str, out: Path, megabytes: float = 0.0):
     """Download a source into out/name/ and convert it. megabytes: how much of a large one.
 
-    Raises InputError if there is no source of that name, or if megabytes are given for a source
-    that is not large.
+    Raises InputError if there is no source of that name, if megabytes are given for a source that
+    is not large, or if the files are not what they should be.
     """
     if name not in SOURCES:
         raise InputError(f"there is no source {name!r}; there are {', '.join(SOURCES)}")
@@ -417,7 +412,11 @@ def get(name: str, out: Path, megabytes: float = 0.0):
     paths = [folder / file.url.split("/")[-1] for file in files]
     for file, path in zip(files, paths):
         fetch(file, path, megabytes)
-    source.convert(paths, folder)
+    try:
+        source.convert(paths, folder)
+    except (InputError, LookupError, TypeError, AttributeError) as error:  # a field is not there
+        names = " and ".join(map(str, paths))
+        raise InputError(f"{name}: not what it should be ({error}). Delete {names}, and try again")
     print(f"{name} ({source.licence}) is in {folder}/. To train on it:")
     print(f"    {source.command.format(folder=folder)}")
 

@@ -12,6 +12,9 @@ Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. A
 cases held out of every training set; some also use templates, or belong to kinds, never trained on.
 Sampling at temperature 1 shows what a model is like, greedy decoding what it knows.
 
+A run that was trained from a model which is no longer there, say because SFT was repeated and PPO
+was not, is named: its KL and its wins compare models that do not belong together.
+
 The JSON's keys are explained where they are computed, in `describe`. Intervals are 95 %, from the
 normal approximation over prompts; they say nothing about the luck of a training run, for which one
 runs several seeds.
@@ -20,6 +23,8 @@ runs several seeds.
 import itertools
 import json
 import math
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +33,13 @@ import torch
 from matplotlib.figure import Figure
 
 from data.chat import Reply, pad, sorted_batches
+from data.gpt2 import is_gpt2
 from data.metrics import interval, mean_or_none
 from data.run import COLOURS, STAGES, run_script, start
 from data.talk import Speaker, find_checkpoints
 from data.town.gold import declines, exact_match, f1, gold
 from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
-from gpt import GPT, InputError, ScalarModel, load_model
+from gpt import GPT, InputError, ScalarModel, fingerprint, load_checkpoint, load_model
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
@@ -182,6 +188,28 @@ def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Con
     return numbers
 
 
+def stale_runs(found: dict[str, tuple[str, Path]]) -> list[str]:
+    """A sentence for every run that was trained from a model which is no longer there.
+
+    found: what `find_checkpoints` has found. Models are compared by their fingerprints, so copies
+    are as good as originals. Of a run that does not know what it was made from, nothing is said.
+    """
+    runs = {name: load_checkpoint(path, mmap=True) for name, (_, path) in found.items()}
+    here = {fingerprint(run["model"], run["tokenizer"]) for run in runs.values()}
+    sentences = []
+    for name, (stage, _) in found.items():
+        made_from, options = (runs[name].get(key, {}) for key in ("made_from", "train_config"))
+        before = {"init": "pretrain" if stage == "sft" else "sft", "rm": "rm"}
+        for option, source in before.items():
+            is_here = made_from.get(option) in {None, *here} or is_gpt2(options.get(option, ""))
+            if source in found and not is_here:
+                sentences.append(
+                    f"{name} was trained from another {source} than the one in "
+                    f"{found[source][1].parent}: train it again, or read its KL and wins with care"
+                )
+    return sentences
+
+
 def in_sd(numbers: dict, mean: float, sd: float):
     """Rescale all gold of a model, in place: mean becomes 0 and sd becomes 1."""
     for holder in (numbers, *numbers["by_task"].values()):
@@ -202,6 +230,11 @@ def evaluate(cfg: Config) -> dict:
     missing = [stage for stage in STAGES if stage not in found]
     if missing:
         print(f"not there, so not in the report: {', '.join(missing)}")
+    stale = stale_runs(found)
+    for sentence in stale:
+        print(sentence)
+    # Fails if the report could not be written either: now, not after all models have answered.
+    tempfile.TemporaryFile(dir=out).close()
 
     prompts = Prompts.draw(cfg.prompts, cfg.seed)
     texts = SHOWN + [task.prompt for task in prompts.seen[:6]]  # whose answers people will read
@@ -210,7 +243,7 @@ def evaluate(cfg: Config) -> dict:
     seen = [task.prompt for task in prompts.seen]
     sft_gold = golds(prompts.seen, sft.answer(seen, cfg.max_new_tokens, cfg.seed))
     report = {"seed": cfg.seed, "prompts": cfg.prompts, "temperature": 1.0, "best_of_n": cfg.n}
-    report |= {"stages": {}, "reward_models": {}}
+    report |= {"stale": stale, "stages": {}, "reward_models": {}}
     shown = {}
     for name, (stage, path) in found.items():
         label = {"pretrain": "base", "rm": "best_of_n"}.get(name, name)
@@ -239,9 +272,13 @@ def evaluate(cfg: Config) -> dict:
         replies = speaker.answer(texts, cfg.max_new_tokens, cfg.seed, temperature=1.0)
         shown[label] = [reply.text for reply in replies]
 
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(report, texts, shown), encoding="utf-8")
-    draw_report(report, out / "report.png")
+    with tempfile.TemporaryDirectory(dir=out, prefix="report.") as folder:
+        new = Path(folder)
+        (new / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        (new / "report.md").write_text(markdown(report, texts, shown), encoding="utf-8")
+        draw_report(report, new / "report.png")
+        for name in ("report.png", "report.md", "report.json"):  # once all three are whole
+            os.replace(new / name, out / name)
     return report
 
 
@@ -304,6 +341,7 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         "of its samples, its KL is the bound log n - (n - 1)/n. PPO also needs the reward model, "
         "whose cost is not in its column.\n\n"
     )
+    text += "".join(f"**{sentence}.**\n\n" for sentence in report["stale"])
     text += table(["", *stages], rows)
 
     text += "## Exact match by kind of task\n\n"

@@ -35,6 +35,9 @@ prompts) in 8 seconds plus the time to sample them.
 """
 
 import json
+import os
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +45,8 @@ import torch
 from torch import distributed
 
 from data.download import File, fetch
-from data.tokenizer import PATTERN, SPECIALS
-from gpt import GPT, GPTConfig, InputError, load_model
+from data.tokenizer import PATTERN, SPECIALS, load_tokenizer
+from gpt import GPT, GPTConfig, InputError, fingerprint, load_model
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
@@ -61,7 +64,12 @@ EXPECTED = {
     "reorder_and_upcast_attn": (False, True),  # mathematically the same
     "tie_word_embeddings": (True,),
     "vocab_size": (N_VOCAB, N_VOCAB + 4),  # + 4: exported by us, with the chat tokens
+    "bos_token_id": (N_VOCAB - 1, None),
+    "eos_token_id": (N_VOCAB - 1, N_VOCAB + 3, None),  # + 3: <|end|>, in what we have exported
 }
+# What gpt.fingerprint says of GPT-2's 50257 tokens in the order of their ids, as vocab.json spells
+# them, and of its 50000 merges, each in the form of a line of merges.txt.
+TOKENS, MERGES = "04846f5af2d017ab", "5644e5e4a5585f9b"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -83,7 +91,16 @@ def load_init(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     path: a checkpoint of ours, a folder with GPT-2's weights, or a name in NAMES. Raises InputError
     if there is no such model, or if it cannot be loaded.
     """
-    return load_gpt2(path, device) if is_gpt2(path) else load_model(path, device)
+    if is_gpt2(path):
+        return load_gpt2(path, device)
+    model, checkpoint = load_model(path, device)
+    try:
+        n_vocab = load_tokenizer(checkpoint["tokenizer"]).n_vocab
+        if n_vocab != model.config.vocab_size:
+            raise InputError(f"model_config has another vocab_size than its tokenizer, {n_vocab}")
+    except InputError as error:
+        raise InputError(f"{path}: {error}")
+    return model, checkpoint
 
 
 def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
@@ -95,21 +112,16 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     folder = download(str(path)) if str(path) in NAMES else Path(path)
     if (folder / "ckpt.pt").exists():
         raise InputError(f"{folder} is the folder of a run: name its checkpoint, {folder}/ckpt.pt")
-    config = read_config(folder)
-    checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
-    model = GPT(
-        GPTConfig(
-            vocab_size=N_VOCAB + 4,  # + 4 chat tokens: see GPT2Tokenizer
-            context=config["n_positions"],
-            n_layer=config["n_layer"],
-            n_head=config["n_head"],
-            n_embd=config["n_embd"],
-        )
-    )
+    config, n_rows = read_config(folder)
+    check_tokenizer(folder)
+    tensors = list(read_tensors(folder))  # mapped, and not yet read
+    if config.n_parameters > 4 * sum(tensor.numel() for _, tensor, _ in tensors):
+        # so many that they might not fit into memory; a smaller difference is named below
+        raise InputError(f"{folder}/config.json is that of a far larger model")
+    model = GPT(config)
     missing = dict(model.named_parameters())
-    n_rows = config["vocab_size"]  # rows of the token table in the file
     with torch.no_grad():
-        for name, tensor, file in read_tensors(folder):
+        for name, tensor, file in tensors:
             name = name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the causal mask, which some files store
@@ -127,6 +139,8 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
                     f"{file}: {name} is {tuple(tensor.shape)}, but config.json asks for "
                     f"{tuple(parameter.shape)}"
                 )
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise InputError(f"{file}: {name} is {tensor.dtype}, or holds nan or inf")
             parameter.copy_(tensor)
         if missing:
             raise InputError(f"{folder}: no {', '.join(sorted(missing)[:3])} in its files")
@@ -137,6 +151,8 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
             len(wte) - n_rows, wte.shape[1], generator=torch.Generator().manual_seed(0)
         )
         wte[n_rows:] = wte[:n_rows].mean(0) + 0.1 * wte[:n_rows].std(0) * noise
+    checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
+    checkpoint["fingerprint"] = fingerprint(model.state_dict(), checkpoint["tokenizer"])
     return model.to(device).eval(), checkpoint
 
 
@@ -144,32 +160,76 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
 # Reading folders
 
 
-def read_config(folder: Path) -> dict:
-    """config.json, with GPT-2's own values for missing entries. Raises InputError if we cannot
-    honour one."""
-    config = read_json(folder / "config.json")
+def read_config(folder: Path) -> tuple[GPTConfig, int]:
+    """What config.json says of the model, and how many rows its token table has in the files.
+
+    Missing entries have GPT-2's own values. Raises InputError for an entry that we cannot honour.
+    """
+    path = folder / "config.json"
+    entries = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12} | read_json(path)
     for name, allowed in EXPECTED.items():
-        value = config.get(name, allowed[0])
+        value = entries.setdefault(name, allowed[0])
         if value not in allowed:
             raise InputError(
-                f"{folder}/config.json: {name} is {value!r}, but only "
-                f"{' or '.join(map(repr, allowed))} can be loaded"
+                f"{path}: {name} is {value!r}, but only {' or '.join(map(repr, allowed))} can be "
+                "loaded"
             )
-    defaults = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
-    config = defaults | {"vocab_size": N_VOCAB} | config
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise InputError(f"{folder}/config.json: n_inner is not 4 times n_embd")
-    return config
+    try:
+        config = GPTConfig(
+            vocab_size=N_VOCAB + 4,  # + 4 chat tokens: see GPT2Tokenizer
+            context=entries["n_positions"],
+            n_layer=entries["n_layer"],
+            n_head=entries["n_head"],
+            n_embd=entries["n_embd"],
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).replace('context', 'n_positions')}")
+    if entries.get("n_inner") not in (None, 4 * config.n_embd):
+        raise InputError(f"{path}: n_inner is not 4 times n_embd")
+    return config, int(entries["vocab_size"])
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises InputError if it cannot be read."""
+    """The object in a JSON file. Raises InputError if it cannot be read, or is something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})")
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
+
+
+def check_tokenizer(folder: Path):
+    """Raises InputError if the folder has a file of another tokenizer than GPT-2's, the only one
+    that we have for such folders. With its ids the model would read other words."""
+
+    def by_id(ids: dict) -> list:
+        tokens = {i: token for token, i in ids.items()}
+        return [tokens.get(i) for i in range(N_VOCAB)]
+
+    found = []  # (file, fingerprint that it should have, what it says)
+    try:
+        if (path := folder / "vocab.json").exists():
+            found.append((path, TOKENS, by_id(read_json(path))))
+        if (path := folder / "merges.txt").exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = [line for line in lines if line and not line.startswith("#version")]
+            found.append((path, MERGES, lines))
+        if (path := folder / "tokenizer.json").exists():
+            content = read_json(path)
+            ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+            found.append((path, TOKENS, by_id(content["model"]["vocab"] | ids)))
+            merges = content["model"]["merges"]  # "a b" or, since 2024, ["a", "b"]
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+            found.append((path, MERGES, merges))
+    except (KeyError, TypeError, AttributeError, UnicodeError) as error:
+        raise InputError(f"{path} is not a tokenizer of GPT-2's kind: {error!r}")
+    for path, expected, what in found:
+        if fingerprint(what) != expected:
+            raise InputError(f"{path} is another tokenizer than GPT-2's: it cannot be loaded")
 
 
 def read_tensors(folder: Path):
@@ -181,12 +241,17 @@ def read_tensors(folder: Path):
         index = folder / f"{stem}.index.json"
         files = [folder / stem]
         if index.exists():
-            shards = read_json(index).get("weight_map", {})
-            files = [folder / name for name in dict.fromkeys(shards.values())]
-            missing = [str(file) for file in files if not file.exists()]
+            shards = read_json(index).get("weight_map")
+            names = [*shards.values()] if isinstance(shards, dict) else []
+            # such as model-1.safetensors, and not ../model-1.safetensors, which is elsewhere
+            plain = all(isinstance(name, str) and Path(name).name == name for name in names)
+            if not names or not plain:
+                raise InputError(f"{index}: weight_map must give a file of this folder per tensor")
+            files = [folder / name for name in dict.fromkeys(names)]
+            missing = [str(file) for file in files if not file.is_file()]
             if missing:
                 raise InputError(f"{index} names files that are not there: {', '.join(missing)}")
-        if files and files[0].exists():
+        if files[0].exists():
             for file in files:
                 for name, tensor in read(file).items():
                     yield name, tensor, file
@@ -198,38 +263,57 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file: name -> tensor, memory-mapped.
 
     The format (https://github.com/huggingface/safetensors): the length of a JSON header in 8 bytes;
-    the header, with dtype, shape and position of every tensor; the numbers. Raises InputError if
-    the file is truncated, or not in this format.
+    the header, with dtype, shape and position of every tensor; the numbers, without gaps. Raises
+    InputError if the file is truncated, or not in this format.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise InputError(f"{path}: truncated, or not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise InputError(f"{path}: not a safetensors file")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if 8 + length <= size else None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}")
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: truncated, or not a safetensors file")
     header.pop("__metadata__", None)
-    numbers = np.memmap(path, mode="c", offset=8 + length) if size > 8 + length else b""
-    tensors = {}
+    numbers = np.empty(0, np.uint8)
+    if size > 8 + length:
+        numbers = np.memmap(path, mode="c", offset=8 + length)
+    tensors, spans = {}, []
     for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if end > len(numbers):
-            raise InputError(f"{path}: truncated in the middle of {name}")
-        if entry["dtype"] not in DTYPES:
-            raise InputError(f"{path}: {name} has the unknown type {entry['dtype']}")
-        flat = torch.from_numpy(numbers[start:end]).view(DTYPES[entry["dtype"]])
-        tensors[name] = flat.view(entry["shape"])
+        try:
+            dtype, shape, (start, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+            if min(start, end, *shape) < 0 or bool in map(type, (start, end, *shape)):
+                raise ValueError
+            if end > len(numbers):
+                raise InputError(f"{path}: truncated in the middle of {name}")
+            tensors[name] = torch.from_numpy(numbers[start:end]).view(DTYPES[dtype]).view(shape)
+        except InputError:
+            raise
+        except Exception:  # text for a number, bytes that are too few for the shape, ...
+            raise InputError(f"{path}: {name} cannot be read as {str(entry)[:200]}")
+        spans.append((start, end))
+    spans.sort()
+    if [0, *(end for _, end in spans)] != [*(start for start, _ in spans), len(numbers)]:
+        raise InputError(f"{path}: its tensors overlap, or there are gaps between them")
     return tensors
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a file written by torch.save: name -> tensor, memory-mapped."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():
+                raise ValueError("a checksum is wrong")
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        if not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+            raise ValueError("it has other entries")
     except Exception as error:  # truncated, or a pickle with code in it
-        raise InputError(f"{path}: cannot be read as a dict of tensors: {str(error)[:200]}")
+        reason = str(error).partition(". ")[0]
+        raise InputError(f"{path}: cannot be read as a dict of tensors: {reason}")
+    return tensors
 
 
 def download(name: str) -> Path:
@@ -258,14 +342,21 @@ CHAT_TEMPLATE = (
 )  # the chat format of data/chat.py, in Jinja
 
 
-def export(model: GPT, tokenizer, folder: str | Path):
+def export(model: GPT, tokenizer, folder: str | Path, is_base: bool = False):
     """Write a folder that `transformers` can load: weights, tokenizer and chat template.
 
-    The weights are stored as float32. Files of the same names are overwritten.
+    is_base: the model has never seen the chat format. So it stops at <|endoftext|>, where a
+    document ends, and there is no chat template. The weights are stored as float32. Files of the
+    same names are replaced, once all of the new ones are on the disk. Raises InputError if that
+    is impossible, or if the folder is that of a run.
     """
     folder, c = Path(folder), model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.end}
+    if (folder / "ckpt.pt").exists():
+        raise InputError(f"{folder} is the folder of a run: export to another")
+    ids = {
+        "bos_token_id": tokenizer.eot,
+        "eos_token_id": tokenizer.eot if is_base else tokenizer.end,
+    }
     ids["pad_token_id"] = tokenizer.pad
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -284,12 +375,13 @@ def export(model: GPT, tokenizer, folder: str | Path):
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
-        "eos_token": "<|end|>",
+        "eos_token": "<|endoftext|>" if is_base else "<|end|>",
         "pad_token": "<|pad|>",
         "model_max_length": c.context,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
     }
+    if not is_base:
+        settings["chat_template"] = CHAT_TEMPLATE
     tokenizer_json = {
         "version": "1.0",
         "added_tokens": [
@@ -299,20 +391,28 @@ def export(model: GPT, tokenizer, folder: str | Path):
         ],
         **fast_tokenizer(tokenizer),
     }
-    for name, content in (
-        ("config.json", config),
-        ("generation_config.json", ids),
-        ("tokenizer_config.json", settings),
-        ("tokenizer.json", tokenizer_json),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    files = {
+        "config.json": config,
+        "generation_config.json": ids,
+        "tokenizer_config.json": settings,
+        "tokenizer.json": tokenizer_json,
+    }
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "wte.weight":
             tensor = model.head.detach()  # without the rows that only pad the token table
         transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         tensors[f"transformer.{name}"] = tensor.T if transposed else tensor
-    write_safetensors(folder / "model.safetensors", tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            for name, content in files.items():
+                (Path(partial) / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            write_safetensors(Path(partial) / "model.safetensors", tensors)
+            for name in (*files, "model.safetensors"):  # without its weights no folder loads
+                os.replace(Path(partial) / name, folder / name)
+    except OSError as error:
+        raise InputError(f"cannot export to {folder}: {error}")
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]):

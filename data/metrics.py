@@ -56,7 +56,7 @@ def judge(chosen, rejected, rows: list[dict], scale: float) -> tuple[dict, list]
 
     chosen, rejected (N,): scores. scale: what turns a difference of scores back into the log-odds
     that the reward model was trained on, its SD before normalisation. Returns the table that
-    `plot_reliability` draws, after a report:
+    `plot_reliability` draws, after a report, in which a tie is half right:
         accuracy, ece        agreement with the labels; expected calibration error
         bayes_accuracy       what an oracle judge, who knows gold, scores on average over labels
         gold_accuracy        what that judge scores on these very labels
@@ -65,18 +65,19 @@ def judge(chosen, rejected, rows: list[dict], scale: float) -> tuple[dict, list]
         by_task              the same for every kind of task
     """
     log_odds = scale * (chosen - rejected)
+    agrees = 0.5 + 0.5 * np.sign(log_odds)  # with the label
     # "Chosen" always wins. So every pair is looked at from both sides.
     p = 1 / (1 + np.exp(-log_odds))
     both, won = np.append(p, 1 - p), np.repeat([1.0, 0.0], len(p))
     ece, table = expected_calibration_error(both, won)
-    report = {"pairs": len(rows), "accuracy": float((log_odds > 0).mean()), "ece": float(ece)}
+    report = {"pairs": len(rows), "accuracy": float(agrees.mean()), "ece": float(ece)}
     if all("gold" in row for row in rows):
         gold = np.array([row["gold"] for row in rows])  # (N, 2): of chosen, of rejected
         p = np.array([row["p"] for row in rows])  # of the label, exactly
-        differs = gold[:, 0] != gold[:, 1]
-        right = (log_odds > 0) == (gold[:, 0] > gold[:, 1])
+        order = np.sign(gold[:, 0] - gold[:, 1])  # 1: gold, too, prefers the chosen one
+        right, differs = 0.5 + 0.5 * np.sign(log_odds) * order, order != 0
         report["bayes_accuracy"] = float(np.maximum(p, 1 - p).mean())
-        report["gold_accuracy"] = float(0.5 + 0.5 * np.sign(gold[:, 0] - gold[:, 1]).mean())
+        report["gold_accuracy"] = float(0.5 + 0.5 * order.mean())
         report["spearman_gold"] = spearman(np.concatenate([chosen, rejected]), gold.T.flatten())
         report["gold_order"] = mean_or_none(right[differs])
         report["by_task"] = {}
@@ -84,7 +85,7 @@ def judge(chosen, rejected, rows: list[dict], scale: float) -> tuple[dict, list]
             of_kind = np.array([row["kind"] == kind for row in rows])
             report["by_task"][kind] = {
                 "pairs": int(of_kind.sum()),
-                "accuracy": float((log_odds > 0)[of_kind].mean()),
+                "accuracy": float(agrees[of_kind].mean()),
                 "bayes_accuracy": float(np.maximum(p, 1 - p)[of_kind].mean()),
                 "gold_order": mean_or_none(right[of_kind & differs]),
             }

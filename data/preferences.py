@@ -6,28 +6,32 @@
     python -m data.preferences --human --prompts my.jsonl         on prompts of your own
 
 The simulated annotators know gold only roughly: they prefer a to b with probability
-sigmoid((gold a - gold b) / tau), and now and then press the wrong button (--flip). Every row is
-{"prompt", "chosen", "rejected"}; rows of simulated annotators add, for reports only, "kind", "gold"
-(of chosen and of rejected) and "p", the exact probability of the preference.
+sigmoid((gold a - gold b) / tau), and now and then press the wrong button (--flip). Every row has
+"chosen", "rejected", "prompt" (or "messages") and "sampled_from", the fingerprint of the model that
+responded; rows of simulated annotators add, for reports only, "kind", "gold" (of chosen and of
+rejected) and "p", the exact probability of the preference.
 
-The last tenth of the file is never trained on (see held_out in data/files.py): it holds the prompts
-of the test split, and no others. Out of courtesy to annotators, pairs of equal responses, or with a
-response that did not end, are left out.
+The last tenth of the file is never trained on (see held_out in data/files.py): with prompts of the
+town and simulated annotators it holds those of the test split, and no others. Out of courtesy to
+annotators, pairs of equal responses, or with a response that did not end, are left out.
+
+What people have judged is never overwritten. Asked again, with the same options, they go on where
+they stopped.
 """
 
-import json
 import random
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.chat import encode_prompt, question, sample_replies
-from data.files import read_preferences, read_prompts, write_rows
+from data.files import keep_fitting, read_preferences, read_prompts, read_rows, write_rows
 from data.gpt2 import load_init
 from data.run import run_path, run_script, start
 from data.tokenizer import load_tokenizer
 from data.town.gold import TAU, bayes_accuracy, gold, preference
-from data.town.tasks import draw_tasks
+from data.town.tasks import draw_tasks, task_rows
 from gpt import InputError
 
 
@@ -68,11 +72,16 @@ def sample_pairs(model, tokenizer, conversations, cfg: Config):
     return list(zip(replies[: len(conversations)], replies[len(conversations) :]))
 
 
+def is_worth_asking(a, b) -> bool:
+    """Whether two replies differ, and both have ended."""
+    return a.text != b.text and a.ended and b.ended
+
+
 def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
     """Rows as the simulated annotators would fill them in."""
     rng, rows = random.Random(f"annotators {seed}"), []
     for task, (a, b) in zip(tasks, pairs):
-        if a.text == b.text or not (a.ended and b.ended):
+        if not is_worth_asking(a, b):
             continue
         gold_a, gold_b = gold(task, a.text), gold(task, b.text)
         p = preference(gold_a, gold_b, tau, flip)
@@ -93,15 +102,21 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
     return rows
 
 
-def make_preferences(cfg: Config, out: Path, device):
-    """Sample pairs from a checkpoint, have the simulated annotators label them, write them."""
-    model, saved = load_init(cfg.init, device)
+def make_preferences(cfg: Config, out: Path, model, saved: dict):
+    """Sample pairs from a model, have the simulated annotators label them, write them.
+
+    saved: what its checkpoint has beside it. Raises InputError if no pair is left.
+    """
     tokenizer = load_tokenizer(saved["tokenizer"])
     n_test = max(cfg.pairs // 10, 1)
     tasks = draw_tasks(cfg.pairs - n_test, f"preferences {cfg.seed}")
     test_tasks = draw_tasks(n_test, f"preferences {cfg.seed}", split="test")
     tasks += test_tasks
     conversations = [question(task.prompt) for task in tasks]
+    if cfg.flip > 0.5:
+        print(
+            f"note: with --flip {cfg.flip} most labels are wrong: what learns from them is misled"
+        )
     print(f"sampling two responses each to {cfg.pairs:,} prompts from {cfg.init}", flush=True)
     replies = sample_pairs(model, tokenizer, conversations, cfg)
     rows = annotate(tasks, replies, cfg.tau, cfg.flip, cfg.seed)
@@ -111,7 +126,7 @@ def make_preferences(cfg: Config, out: Path, device):
             f"{cfg.init}: no pair is left, since all responses are equal or never end; "
             "train the model longer, or raise --temperature or --max_new_tokens"
         )
-    write_rows(rows, out)
+    write_rows([{**row, "sampled_from": saved["fingerprint"]} for row in rows], out)
     bayes = bayes_accuracy([row["gold"] for row in rows], cfg.tau, cfg.flip)
     print(
         f"{len(rows):,} pairs in {out} ({cfg.pairs - len(rows):,} left out: equal or unfinished "
@@ -135,41 +150,66 @@ def end_with_a_tenth(rows: list[dict], test_prompts: set[str]) -> list[dict]:
     return train + test
 
 
-def ask_human(conversations, pairs, out: str | Path):
-    """Show pairs at the terminal and append every decision to out at once."""
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    print("Which reply is better? 1 or 2; s to skip, q to quit.")
-    with open(out, "a", encoding="utf-8") as file:
-        for number, (messages, (a, b)) in enumerate(zip(conversations, pairs), 1):
-            if a.text == b.text:
-                continue
-            print(
-                f"\n[{number}/{len(pairs)}] {messages[-1]['content']}\n  1: {a.text}\n  2: {b.text}"
-            )
-            answer = ""
-            while answer not in ("1", "2", "s", "q"):
-                try:
-                    answer = input("1, 2, s or q? ").strip().lower()
-                except (EOFError, KeyboardInterrupt):
-                    answer = "q"
-            if answer == "q":
-                break
-            if answer in "12":
-                chosen, rejected = (a, b) if answer == "1" else (b, a)
-                row = {"messages": messages, "chosen": chosen.text, "rejected": rejected.text}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-    print(f"your preferences are in {out}: python train_rm.py --data {out}")
+def read_judged(path: Path) -> list[dict]:
+    """`read_preferences` of a file that need not be there yet."""
+    return read_preferences(path) if path.exists() and path.stat().st_size else []
 
 
-def load_preferences(path: str | Path) -> list[dict]:
-    """Rows of a file of preferences (see `read_preferences`). Raises InputError with the command
-    that makes it if it is missing."""
+def ask_human(conversations, pairs, out: Path, sampled_from: str):
+    """Show pairs at the terminal, and write every decision to out at once, after what is there.
+
+    Pairs that are there already are not shown again. sampled_from: the fingerprint of the model
+    that responded.
+    """
+    judged = [(r["messages"], {r["chosen"], r["rejected"]}) for r in read_judged(out)]
+    rows = read_rows(out) if judged else []
+    for row in rows:
+        del row["where"]
+    asked = [(messages, a, b) for messages, (a, b) in zip(conversations, pairs)]
+    asked = [(m, a, b) for m, a, b in asked if is_worth_asking(a, b)]
+    asked = [(m, a, b) for m, a, b in asked if (m, {a.text, b.text}) not in judged]
+    print(
+        f"{len(rows)} pairs are judged, {len(asked)} are to come (equal or unfinished responses "
+        "are left out). Which response is better? 1 or 2; s to skip, q to quit."
+    )
+    for number, (messages, a, b) in enumerate(asked, 1):
+        print(f"\n[{number}/{len(asked)}] {messages[-1]['content']}\n  1: {a.text}\n  2: {b.text}")
+        answer = ""
+        while answer not in ("1", "2", "s", "q"):
+            try:
+                answer = input("1, 2, s or q? ").strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                answer = "q"
+        if answer == "q":
+            break
+        if answer in "12":
+            chosen, rejected = (a, b) if answer == "1" else (b, a)
+            row = {"messages": messages, "chosen": chosen.text, "rejected": rejected.text}
+            rows.append({**row, "sampled_from": sampled_from})
+            write_rows(rows, out)
+    if rows:
+        print(f"your preferences are in {out}: python train_rm.py --data {out}")
+
+
+def load_preferences(path: str | Path, model_fingerprint: str = "") -> list[dict]:
+    """Rows of a file of preferences (see `read_preferences`), for a model with this fingerprint.
+
+    Says so if another model has sampled the responses. Raises InputError with the command that
+    makes the file if it is missing.
+    """
     if not Path(path).exists():
         raise InputError(
             f"there is no {path}: run `python -m data.preferences` first, or name a file by --data"
         )
-    return read_preferences(path)
+    rows = read_preferences(path)
+    sampled_from = {row["sampled_from"] for row in rows if row.get("sampled_from")}
+    if model_fingerprint and sampled_from - {model_fingerprint}:
+        print(
+            f"note: {path} has responses of another model than the one that begins here. Reward "
+            "model and DPO can learn from them, but about mistakes that this one may not make; "
+            "`python -m data.preferences` samples its own"
+        )
+    return rows
 
 
 def main(cfg: Config):
@@ -179,18 +219,28 @@ def main(cfg: Config):
     began = time.perf_counter()
     default = "human_preferences" if cfg.human else "preferences"
     out = run_path(cfg.out, f"{cfg.name or default}.jsonl")
+    by_hand = ["gold" not in row for row in read_judged(out)]
+    if not cfg.human and any(by_hand):
+        raise InputError(f"{out} has judgements of people: choose another --name, or move it away")
+    if cfg.human and not all(by_hand):
+        raise InputError(f"{out} is by simulated annotators: choose another --name for your own")
+    model, saved = load_init(cfg.init, device)
+    # Fails if the file could not be written either: now, not after the sampling.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
     if not cfg.human:
-        make_preferences(cfg, out, device)
+        make_preferences(cfg, out, model, saved)
         print(f"{time.perf_counter() - began:.0f} seconds")
         return
-    model, saved = load_init(cfg.init, device)
-    if cfg.prompts:
-        conversations = [row["messages"] for row in read_prompts(cfg.prompts)][: cfg.pairs]
-    else:
-        tasks = draw_tasks(cfg.pairs, f"preferences {cfg.seed}")
-        conversations = [question(task.prompt) for task in tasks]
-    pairs = sample_pairs(model, load_tokenizer(saved["tokenizer"]), conversations, cfg)
-    ask_human(conversations, pairs, out)
+    tokenizer = load_tokenizer(saved["tokenizer"])
+    rows = read_prompts(cfg.prompts) if cfg.prompts else []
+    rows = rows or task_rows(draw_tasks(cfg.pairs, f"preferences {cfg.seed}"))
+    lengths = [len(encode_prompt(tokenizer, row["messages"])) for row in rows]
+    longest = model.config.context - cfg.max_new_tokens
+    rows = keep_fitting(rows, lengths, longest, "the context minus max_new_tokens,")[: cfg.pairs]
+    conversations = [row["messages"] for row in rows]
+    pairs = sample_pairs(model, tokenizer, conversations, cfg)
+    ask_human(conversations, pairs, out, saved["fingerprint"])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ Nothing in it is about language models. The scripts keep their ideas and borrow 
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
+import ctypes
 import inspect
 import json
 import math
@@ -19,12 +21,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -32,12 +39,19 @@ from torch import distributed
 from tqdm import tqdm
 
 from data.check import Check
-from gpt import InputError, load_checkpoint, save_checkpoint
+from gpt import STAGES, InputError, fingerprint, load_checkpoint, save_checkpoint
 from kernels import backend
 
-STAGES = ("pretrain", "sft", "rm", "ppo", "dpo")
 # This process's number, and how many there are: torchrun says so.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCKS = {}  # what this process has locked: path -> open file
+# What a run was made from, in the words of a message.
+MADE_FROM = {
+    "init": "the checkpoint of --init",
+    "rm": "the reward model",
+    "data": "the data",
+    "tokenizer": "the tokenizer",
+}
 # Okabe and Ito: eight colours that the colour-blind can tell apart.
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #999999 #000000".split()
 
@@ -53,6 +67,8 @@ def number(kind: type, least: float):
         value = kind(text)
         if not least <= value < math.inf:  # nor is nan
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if kind is int and value >= 2**31:
+            raise argparse.ArgumentTypeError(f"must be less than 2^31, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's messages name the type
@@ -156,11 +172,14 @@ def start(cfg) -> torch.device:
     if WORLD > 1 and not hasattr(cfg, "save_every"):  # only the five scripts share their work
         raise InputError("this runs as one process: start it with python, not torchrun")
     if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+        torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
     torch.manual_seed(cfg.seed)  # the same on all ranks: they start from the same weights
     if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            n_gpus = torch.cuda.device_count()
+            if device.index >= n_gpus:
+                raise InputError(f"{WORLD} processes need a GPU each, and {n_gpus} are here")
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if WORLD > 1 or device.type != "cpu":
@@ -187,8 +206,12 @@ def find_device(name: str) -> torch.device:
 def set_speed(cfg, *models):
     """Apply --bf16, --recompute and --compile to loaded models, GPT or ScalarModel.
 
-    None of them changes the names or the dtype of the weights, so checkpoints stay the same.
+    None of them changes the names or the dtype of the weights, so checkpoints stay the same. Raises
+    InputError if --compile finds no compiler.
     """
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    if cfg.compile and not any(map(shutil.which, compilers)):
+        raise InputError("--compile needs a C++ compiler such as g++, and there is none here")
     for model in models:
         gpt = getattr(model, "gpt", model)  # a ScalarModel wraps a GPT
         gpt.bf16, gpt.recompute = cfg.bf16, cfg.recompute
@@ -289,9 +312,10 @@ def average_gradients(model, max_norm: float) -> float:
     several of them, on some ranks more than on others, and they need no wrapper around the model.
     """
     if WORLD > 1:
-        for p in model.parameters():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:  # a gradient of 0 for a frozen one would let weight decay move it
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        gradients = [p.grad for p in model.parameters()]
+        gradients = [p.grad for p in trained]
         flat = torch.nn.utils.parameters_to_vector(gradients)  # one message, not hundreds
         distributed.all_reduce(flat)
         torch.nn.utils.vector_to_parameters(flat / WORLD, gradients)
@@ -314,56 +338,72 @@ def step_optimizers(optimizers, lr_fraction: float):
 class Run:
     """One training run on disk and on the screen.
 
-    While it goes on, its files are in out/<name>/unfinished/; when it is done they move up to
-    out/<name>/, the checkpoint last. So a run that fails or is stopped leaves the results of an
-    earlier one as they were. The name is that of the stage, or --name.
+    While it goes on, its files are in out/unfinished/<name>/. When it is done, that folder takes
+    the place of out/<name>/, all at once. So a run that fails or is stopped, at whatever moment,
+    leaves the results of an earlier one as they were. The name is that of the stage, or --name.
     """
 
     def __init__(self, stage: str, cfg, panels: dict[str, list[str]], unit="step"):
         """panels: what a panel of curve.png shows, with its unit -> the columns of the log in it.
         unit: what this stage calls a step.
 
-        Raises InputError if --name would put this run into the folder of another stage.
+        Raises InputError if --name would put this run into the folder of another stage, or if
+        another process is at work there.
         """
         self.stage, self.cfg, self.panels, self.unit = stage, cfg, panels, unit
         self.name = cfg.name or stage
         self.folder = run_path(cfg.out, self.name)
-        self.unfinished = self.folder / "unfinished"
-        others = [stage_of(folder / "ckpt.pt") for folder in (self.folder, self.unfinished)]
+        self.unfinished = self.folder.with_name("unfinished") / self.name
+        others = [stage_of(self.folder / "ckpt.pt"), stage_of(self.unfinished / "resume.pt")]
         others = [self.name] if self.name in STAGES else others
         for other in others:
             if other not in (None, stage):
                 raise InputError(f"--name {self.name}: a run of train_{other}.py; choose another")
+        self.give_up_lock = take_lock(self.unfinished) if RANK == 0 else lambda: None
+        self.folder_is_ready = False
         self.rows = []  # one dict per line of log.csv
         self.forwards = 0.0  # see `count`
         self.seconds, self.started = 0.0, time.perf_counter()
         self.check = Check(stage, cfg) if cfg.check else None
 
-    def steps(self, total: int, model, tokenizer, **others):
+    def make_folder(self):
+        """An empty out/unfinished/<name>/; under --resume as it was left. Twice is once."""
+        if RANK == 0 and not self.folder_is_ready:
+            if not self.cfg.resume:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+            for half in self.unfinished.glob("*.tmp"):  # of a process that was killed
+                half.unlink()
+        self.folder_is_ready = True
+
+    def steps(self, total: int, model, tokenizer, made_from: dict[str, str], **others):
         """Yield 0..total-1 under a progress bar; between two steps, save if it is time to.
 
-        model and others: all that changes from step to step and has a state_dict. They are saved
-        every cfg.save_every steps and loaded again under --resume. All other randomness must follow
-        from (seed, step), so there is none to save. Ctrl-C and SIGTERM let the step in progress
-        finish, save, and exit with status 130.
+        made_from: the `fingerprint` of all that the run begins with, such as its data. It is kept
+        with the results, and --resume compares. model and others: all that changes from step to
+        step and has a state_dict. They are saved every cfg.save_every steps and loaded again under
+        --resume. All other randomness must follow from (seed, step), so there is none to save.
+        Ctrl-C and SIGTERM let the step in progress finish, save, and exit with status 130.
         """
         trained = {"model": model, **others}
-        first = self._load(trained) if self.cfg.resume else 0
-        if self.check:
-            for past in range(first):  # so that the summary knows of it
-                self.check.look(self.rows, past)
         self.identity = {
             "stage": self.stage,
             "model_config": asdict(model.config),
             "tokenizer": tokenizer.state,
             "train_config": asdict(self.cfg),
+            "made_from": {"tokenizer": fingerprint(tokenizer.state), **made_from},
         }
-        on_first_rank(self._make_folder)
+        first = self._load(trained) if self.cfg.resume else 0
+        if self.check:
+            for past in range(first):  # so that the summary knows of it
+                self.check.look(self.rows, past)
+        on_first_rank(self.make_folder)
         device = next(model.parameters()).device
         # disable=None: no bar where the output is not a terminal, say a log file
         silent = True if RANK > 0 else None
         self.bar = tqdm(range(first, total), self.name, total, initial=first, disable=silent)
-        with asked_to_stop() as asked:
+        with asked_to_stop() as asked, contextlib.ExitStack() as failed:
+            failed.callback(self.give_up_lock)  # if it is stopped or fails, in a notebook
             for step in self.bar:
                 yield step
                 if self.check:
@@ -377,14 +417,10 @@ class Run:
                     name = f" --name {self.name}" if self.cfg.name else ""
                     print(
                         f"\nstopped after step {step}. `python train_{self.stage}.py{name} "
-                        f"--resume` (with the same options) resumes {self.unfinished}/ckpt.pt"
+                        f"--resume` (with the same options) resumes {self.unfinished}/resume.pt"
                     )
                     sys.exit(130)
-
-    def _make_folder(self):
-        if not self.cfg.resume:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.unfinished.mkdir(parents=True, exist_ok=True)
+            failed.pop_all()
 
     def _save(self, trained, step):
         if RANK > 0:
@@ -393,12 +429,12 @@ class Run:
         states = {name: part.state_dict() for name, part in trained.items()}
         cost = {"rows": self.rows, "forwards": self.forwards, "seconds": self.elapsed()}
         checkpoint = {**self.identity, "step": step, **cost, **states}
-        save_checkpoint(self.unfinished / "ckpt.pt", checkpoint)
+        save_checkpoint(self.unfinished / "resume.pt", checkpoint)
 
     def _load(self, trained) -> int:
-        if not (self.unfinished / "ckpt.pt").exists():
+        if not (self.unfinished / "resume.pt").exists():
             raise InputError(f"--resume: no run to resume in {self.unfinished}/; leave it out")
-        saved = load_checkpoint(self.unfinished / "ckpt.pt")
+        saved = load_checkpoint(self.unfinished / "resume.pt")
         before, out, default = saved["train_config"], self.cfg.out, type(self.cfg)()
         for name, now in asdict(self.cfg).items():
             was = before.get(name, getattr(default, name))  # as if there had been no such option
@@ -408,6 +444,12 @@ class Run:
             free = ("resume", "out", "name", "device", "threads", "check")
             if now not in (was, moved) and name not in free:
                 raise InputError(f"--resume: the run to resume had --{name} {was}, not {now}")
+        for name, now in self.identity["made_from"].items():
+            if saved["made_from"].get(name) != now:
+                raise InputError(
+                    f"--resume: {MADE_FROM[name]} has changed since the run began, so it would go "
+                    "on as another one; begin anew, without --resume"
+                )
         for name, part in trained.items():
             part.load_state_dict(saved[name])
         self.rows, self.forwards, self.seconds = saved["rows"], saved["forwards"], saved["seconds"]
@@ -456,7 +498,7 @@ class Run:
         plot(self.rows, self.panels, self.unfinished / "curve.png", self.unit)
 
     def finish(self, model, samples: str, **extra):
-        """Write the results of a finished run and move them to its folder."""
+        """Write the results of a finished run, which then are its folder."""
         print(samples)
         if RANK > 0:
             return
@@ -465,13 +507,12 @@ class Run:
         cost = {"seconds": round(self.elapsed(), 1), "forward_equivalents": self.forwards}
         cost["peak_gb"] = peak_gb()
         (self.unfinished / "cost.json").write_text(json.dumps(cost))
-        # If killed here, --resume still finds its checkpoint, and does the last steps again.
-        for file in self.unfinished.iterdir():
-            if file.name != "ckpt.pt":
-                os.replace(file, self.folder / file.name)
         result = {**self.identity, "model": model.state_dict(), **extra}
-        save_checkpoint(self.folder / "ckpt.pt", result)
-        shutil.rmtree(self.unfinished)
+        save_checkpoint(self.unfinished / "ckpt.pt", result)
+        # If killed until here, --resume finds resume.pt, and does the last steps again.
+        replace_folder(self.folder, self.unfinished)
+        (self.folder / "resume.pt").unlink(missing_ok=True)
+        self.give_up_lock()
         if self.check:
             print(self.check.summary())
         print(f"{self.name}: {self.elapsed():.0f} seconds, results in {self.folder}/")
@@ -480,13 +521,75 @@ class Run:
 def run_path(out: str, name: str) -> Path:
     """out/name. Raises InputError if that leads elsewhere, or into what evaluation and experiments
     write."""
-    taken = ("base", "best_of_n", "experiments", "quick", "report.json", "report.md", "report.png")
+    taken = "base best_of_n experiments quick unfinished report.json report.md report.png".split()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
         raise InputError(
             f"--name {name}: choose a plain name, of letters and digits, other than "
             f"{', '.join(taken)}"
         )
     return Path(out) / name
+
+
+def take_lock(folder: Path):
+    """Keep other processes out of a folder until this one ends, however it ends. Returns a function
+    that gives the lock up before. Raises InputError if another process was first.
+
+    A file beside the folder says who that is.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path in LOCKS:  # a notebook, in which a run has failed, tries again
+        os.close(LOCKS.pop(path))
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(file, 200).decode(errors="replace")
+        os.close(file)
+        raise InputError(
+            f"{folder}: {holder} is at work there; wait for it, stop it, or choose another --name "
+            "or --out"
+        )
+    except OSError:
+        pass  # a file system without locks
+    LOCKS[path] = file  # which closes, and gives up the lock, when the process ends
+    os.ftruncate(file, 0)
+    since = time.strftime("%Y-%m-%d %H:%M")
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode())
+
+    def give_up():
+        if LOCKS.get(path) == file:  # not the next run's
+            path.unlink(missing_ok=True)
+            os.close(LOCKS.pop(path))
+            with contextlib.suppress(OSError):  # other runs may be unfinished
+                path.parent.rmdir()
+
+    atexit.register(give_up)
+    return give_up
+
+
+def replace_folder(old: Path, new: Path):
+    """Let the folder `new` take the place and the name of `old`, at one moment.
+
+    Readers see one or the other, also if this process is killed meanwhile. Files that are only in
+    `old` are kept. (Where the system cannot swap two folders at once, there is a moment without.)
+    """
+    if not old.exists():
+        os.rename(new, old)
+        return
+    for file in old.iterdir():
+        if not (new / file.name).exists():
+            copy = shutil.copytree if file.is_dir() else shutil.copy2
+            copy(file, new / file.name)
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, of Linux
+    rename = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1) if os.name == "posix" else None
+    if rename is None or rename(here, os.fsencode(old), here, os.fsencode(new), swap) != 0:
+        aside = new.with_name(f".{new.name}.old")
+        os.rename(old, aside)
+        os.rename(new, old)
+        new = aside
+    shutil.rmtree(new)  # the old one, by now
 
 
 def stage_of(path: Path) -> str | None:

@@ -20,7 +20,7 @@ from gpt import InputError
 @dataclass
 class Config:
     ckpt: str = ""  # checkpoint to talk to ("" = the newest in out/)
-    prompt: str = ""  # answer this and exit
+    prompt: str = None  # answer this, which may be empty, and exit
     compare: bool = False  # let every stage and variant in out/ answer
     temperature: float = 0.7  # of sampling (0 = greedy)
     top_k: int = 0  # keep the k likeliest tokens (0 = all)
@@ -37,6 +37,8 @@ class Config:
             raise ValueError(f"--top_p is a probability, above 0 and at most 1, not {self.top_p}")
         if self.compare and self.export:
             raise ValueError("--export writes one model: leave out --compare")
+        if self.export and (Path(self.export) / "ckpt.pt").exists():
+            raise ValueError(f"--export {self.export} is the folder of a run: name another one")
 
 
 class Speaker:
@@ -114,7 +116,7 @@ def main(cfg: Config):
             label = f"{name:9} " if len(speakers) > 1 else ""
             print(label + said + ("" if reply.ended else " ..."))
 
-    if cfg.prompt:
+    if cfg.prompt is not None:
         answer(cfg.prompt, cfg.seed)
     elif cfg.compare:
         for text in SHOWN:

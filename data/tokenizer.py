@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from itertools import groupby
 
 import tiktoken
+from tqdm import tqdm
 
 from gpt import InputError
 
@@ -25,8 +26,9 @@ SPECIALS = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 # Text is first split into pre-tokens: a word with the space before it, one to three digits,
 # punctuation, white space. Every character is in exactly one, and no merge crosses their borders,
-# so there is no token for "dog." beside the one for "dog".
-PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
+# so there is no token for "dog." beside the one for "dog". A longer run of white space is several
+# pre-tokens: in one of a million, the search for its end overflows tiktoken's stack.
+PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s{1,1000}(?!\S)|\s"
 
 
 class Tokenizer:
@@ -65,12 +67,23 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, merges: list[list[int]]):
-        """merges: pairs of ids in the order learned (see `train_bpe`); merge n makes id 256 + n."""
+        """merges: pairs of ids in the order learned (see `train_bpe`); merge n makes id 256 + n.
+
+        Raises InputError for merges that cannot be applied in this order.
+        """
         super().__init__({"kind": "bpe", "merges": merges}, 256 + len(merges))
-        spellings = [bytes([byte]) for byte in range(256)]  # id -> the bytes it stands for
-        for a, b in merges:
-            spellings.append(spellings[a] + spellings[b])
-        ranks = {spelling: rank for rank, spelling in enumerate(spellings)}
+        ranks = {bytes([byte]): byte for byte in range(256)}  # the bytes of a token -> its id
+        spellings = list(ranks)
+        for new, pair in enumerate(merges, 256):
+            ids = pair if isinstance(pair, list) and {*map(type, pair)} == {int} else []
+            if len(ids) != 2 or min(ids) < 0 or max(ids) >= new:
+                raise InputError(
+                    f"tokenizer: merge {new - 256} is {pair!r}, not two ids below {new}"
+                )
+            spellings.append(spellings[ids[0]] + spellings[ids[1]])
+            ranks[spellings[new]] = new
+        if len(ranks) < len(spellings):
+            raise InputError("tokenizer: two merges make the same token")
         self.encoding = tiktoken.Encoding(
             "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
@@ -86,7 +99,9 @@ class CharTokenizer(Tokenizer):
     """One token per character, for the characters of the texts it was made from."""
 
     def __init__(self, characters: str):
-        """characters: each once; its place is its id."""
+        """characters: each once; its place is its id. Raises InputError if one is there twice."""
+        if len(set(characters)) < len(characters):
+            raise InputError("tokenizer: characters has one of them twice")
         super().__init__({"kind": "char", "characters": characters}, len(characters))
         self.characters = characters
         self.ids = {character: i for i, character in enumerate(characters)}
@@ -124,6 +139,9 @@ class GPT2Tokenizer(Tokenizer):
             )
 
     def encode(self, text: str) -> list[int]:
+        """Raises InputError for a run of white space that overflows tiktoken's stack."""
+        if len(text) > 900_000 and max(map(len, re.findall(r"\s+", text)), default=0) > 900_000:
+            raise InputError("a run of more than 900,000 blanks: GPT-2's tokenizer cannot read it")
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int]) -> str:
@@ -144,41 +162,36 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
     n_vocab: the number of ids, with 256 bytes and five special tokens; there are fewer if no pair
     occurs twice any more. Returns the pairs in the order learned; merge n makes id 256 + n.
     """
-    words = Counter(re.findall(PATTERN, text))  # every distinct pre-token, and how often it occurs
-    spellings = [list(word.encode()) for word in words]  # each of them as a list of ids
-    counts = list(words.values())
+    found = Counter(re.findall(PATTERN, text))  # every distinct pre-token, and how often it occurs
+    counts = list(found.values())
+    # Each of them as a string with one character per id, so that str.replace can merge a pair.
+    words = [word.encode().decode("latin-1") for word in found]
 
     pairs = Counter()  # pair -> how often it occurs in the text
     words_with = defaultdict(set)  # pair -> the words that contain it: its merge changes only these
-    for index, ids in enumerate(spellings):
-        for pair in zip(ids, ids[1:]):
-            pairs[pair] += counts[index]
-            words_with[pair].add(index)
+    for index, word in enumerate(words):
+        for left, right in zip(word, word[1:]):
+            pairs[left + right] += counts[index]
+            words_with[left + right].add(index)
 
     merges = []
-    for new in range(256, n_vocab - len(SPECIALS)):
+    # disable=None: no bar where the output is not a terminal
+    for new in map(chr, tqdm(range(256, n_vocab - len(SPECIALS)), "tokenizer", disable=None)):
         highest = max(pairs.values(), default=0)
         if highest < 2:
             break
         best = min(pair for pair, count in pairs.items() if count == highest)
-        merges.append(list(best))
+        a, b = best
+        merges.append([ord(a), ord(b)])
         for index in words_with.pop(best):
-            old = spellings[index]
-            merged, i = [], 0
-            while i < len(old):
-                if tuple(old[i : i + 2]) == best:
-                    merged.append(new)
-                    i += 2
-                else:
-                    merged.append(old[i])
-                    i += 1
-            # Counting again only in the words that change makes this fast enough for Python.
-            for pair in zip(old, old[1:]):
-                pairs[pair] -= counts[index]
-            for pair in zip(merged, merged[1:]):
-                pairs[pair] += counts[index]
-                words_with[pair].add(index)
-            spellings[index] = merged
+            word = words[index] = words[index].replace(best, new)
+            # Counting only what stands beside the new id makes this fast enough for Python.
+            for left, right in zip(word, word[1:]):
+                if left == new or right == new:
+                    before = (b if left == new else left) + (a if right == new else right)
+                    pairs[before] -= counts[index]
+                    pairs[left + right] += counts[index]
+                    words_with[left + right].add(index)
         del pairs[best]
     return merges
 
@@ -204,10 +217,18 @@ def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
 
 
 def load_tokenizer(state: dict) -> Tokenizer:
-    """The tokenizer whose `state` was saved in a checkpoint, under "tokenizer"."""
-    if state["kind"] == "bpe":
-        return BPETokenizer(state["merges"])
-    return CharTokenizer(state["characters"]) if state["kind"] == "char" else GPT2Tokenizer()
+    """The tokenizer whose `state` was saved in a checkpoint, under "tokenizer".
+
+    Raises InputError that names what is wrong in a state that is damaged.
+    """
+    kind, merges, characters = (state.get(name) for name in ("kind", "merges", "characters"))
+    if kind == "bpe" and isinstance(merges, list):
+        return BPETokenizer(merges)
+    if kind == "char" and isinstance(characters, str):
+        return CharTokenizer(characters)
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    raise InputError(f"tokenizer: {kind!r} is no kind of it, or lacks its merges or characters")
 
 
 if __name__ == "__main__":

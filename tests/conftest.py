@@ -55,13 +55,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory):
-    """A folder in which all five stages have run."""
+def noted_chain(tmp_path_factory):
+    """A folder in which all five stages have run, and what `run_chain` has noted of them."""
     from tiny_runs import run_chain
 
     out = tmp_path_factory.mktemp("out")
-    run_chain(out)
-    return out
+    return out, *run_chain(out)
+
+
+@pytest.fixture(scope="session")
+def chain(noted_chain):
+    """A folder in which all five stages have run."""
+    return noted_chain[0]
 
 
 @pytest.fixture

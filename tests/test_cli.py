@@ -27,6 +27,7 @@ import train_rm
 import train_sft
 from data.check import Check
 from data.run import parse_config, printable, run_script, start
+from gpt import InputError
 
 
 def python(*args, **how):
@@ -51,6 +52,7 @@ def as_options(stage, **changes):
         (train_pretrain, "--steps 0", "argument --steps: must be at least 1, not 0"),
         (train_pretrain, "--lr -0.1", "argument --lr: must be at least 0, not -0.1"),
         (train_pretrain, "--lr nan", "argument --lr: must be at least 0, not nan"),
+        (train_pretrain, "--seed 99999999999", "argument --seed: must be less than 2^31, not 9999"),
         (train_pretrain, "--context 1", "error: --context 1: a text of two tokens is the shortest"),
         (train_pretrain, "--n_head 3", "error: --n_head 3 must divide --n_embd 128"),
         (train_pretrain, "--optimizer sgd", "error: --optimizer sgd: there are muon and adamw"),
@@ -160,6 +162,30 @@ def test_a_terminal_that_lacks_a_character_shows_question_marks_and_stops_no_run
     monkeypatch.setattr(sys, "argv", ["x", "--ckpt", f"{tmp_path}/pretrain/ckpt.pt", "--prompt=Ü"])
     run_script(data.talk.main, data.talk.Config)
     assert b"?" in sys.stdout.buffer.getvalue()
+
+
+def test_control_sequences_of_a_file_or_a_model_reach_no_terminal(tmp_path, monkeypatch, capsys):
+    """Else a row of a file could clear the screen, or write somebody's password into its title."""
+    run_script(lambda: print("\x1b[31mred\x07 \x9b2J, two\r\n\tlines: Zürich 🦉"))
+    assert capsys.readouterr().out == "\\x1b[31mred\\x07 \\x9b2J, two\\r\n\tlines: Zürich 🦉\n"
+    for stage in ("sft", "rm", "ppo", "dpo"):
+        monkeypatch.setattr(sys, "argv", [stage, "--out", str(tmp_path)])
+        monkeypatch.setattr(SCRIPTS[stage], "load_init", lambda *_: fail_with("\x1b[2J"))
+        with pytest.raises(SystemExit, match=r"^\\x1b\[2J$"):
+            run_script(SCRIPTS[stage].main, SCRIPTS[stage].Config)
+
+
+def fail_with(message):
+    raise InputError(message)
+
+
+def test_an_error_of_ours_is_a_value_error_and_a_mistake_in_the_code_keeps_its_traceback():
+    """The first a user can mend; of the second only the traceback says where it is."""
+    with pytest.raises(SystemExit, match="^mend me$"):
+        run_script(lambda: fail_with("mend me"))
+    assert issubclass(InputError, ValueError)
+    with pytest.raises(ValueError, match="^not enough values to unpack"):
+        run_script(lambda: exec("a, b = [1]"))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import data.download
+import data.gpt2
 from data.download import SOURCES, File, fetch, get
-from data.files import read_conversations, read_preferences, read_prompts, read_text
+from data.files import read_conversations, read_preferences, read_prompts, read_text, read_texts
 from gpt import InputError
 
 CONTENT = bytes(range(256)) * 2000
@@ -20,12 +21,15 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET /whole, /ranges, /cut, /stall, /moved, /tagged or /pointer: what a server may do."""
+    """GET /whole, /ranges, /cut, /moved, /tagged, /pointer, /login ...: what a server may do.
 
-    asked = []
+    While `everything` is not empty, that kind of answer comes to whatever is asked for.
+    """
+
+    asked, everything = [], ""
 
     def do_GET(self):
-        kind, wanted = self.path[1:], self.headers.get("Range")
+        kind, wanted = self.everything or self.path[1:], self.headers.get("Range")
         self.asked.append((kind, wanted))
         if kind in ("moved", "tagged", "mistagged"):
             self.send_response(302)
@@ -36,6 +40,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, start = CONTENT, 0
         if kind == "pointer":
             body = b"version https://git-lfs.github.com/spec/v1\n"
+        if kind == "login":  # as a hotel or an office sends it, with status 200
+            body, wanted = b"\n<!DOCTYPE html><html><body>Please log in.</body></html>", None
+        body = b"" if kind == "empty" else body
         if wanted and kind != "whole":
             first, last = wanted.removeprefix("bytes=").split("-")
             start, body = int(first), body[int(first) : int(last) + 1 if last else None]
@@ -122,7 +129,69 @@ def test_wrong_content_is_deleted_and_named(server, tmp_path):
         fetch(File(f"{server}/whole", "1234"), tmp_path / "file")
     with pytest.raises(InputError, match="the server sent a Git LFS pointer instead of"):
         fetch(File(f"{server}/pointer"), tmp_path / "file")
+    with pytest.raises(InputError, match="the server sent an empty page instead of the file"):
+        fetch(File(f"{server}/empty"), tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+def test_login_page_takes_no_place_of_a_part(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT[:1000])
+    with pytest.raises(InputError, match="login: the server sent a web page instead of the file"):
+        fetch(File(f"{server}/login", HASH), tmp_path / "file")
+    fetch(File(f"{server}/ranges", HASH), tmp_path / "file")
+    assert Handler.asked[-1] == ("ranges", "bytes=1000-")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("start", [b"<html>", b"\xef\xbb\xbf\n <?xml ", b"<!-- -->", b"  <script>"])
+def test_page_that_has_the_name_of_a_file_is_refused(server, tmp_path, start):
+    (tmp_path / "file").write_bytes(start + b"x" * 5000)
+    with pytest.raises(InputError, match="file is a web page instead of the file. Delete it"):
+        fetch(File(f"{server}/ranges", HASH), tmp_path / "file")
+
+
+@pytest.mark.parametrize("start", [b"<|endoftext|>Once", b"< 3 and > 2", b"{}", b"PK", b" "])
+def test_what_is_no_page_is_not_taken_for_one(tmp_path, start):
+    (tmp_path / "file").write_bytes(start)
+    fetch(File("http://127.0.0.1:9/file"), tmp_path / "file")  # nobody listens there
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_login_page_in_place_of_any_source_is_not_kept(server, tmp_path, monkeypatch, name):
+    """Text, JSON, JSON lines, gzip, tokens: the next try has to find nothing in its way."""
+    monkeypatch.setattr(Handler, "everything", "login")
+    files = [
+        file._replace(url=f"{server}/{file.url.split('/')[-1]}") for file in SOURCES[name].files
+    ]
+    monkeypatch.setitem(SOURCES, name, SOURCES[name]._replace(files=files))
+    with pytest.raises(InputError, match="the server sent a web page instead of the file"):
+        get(name, tmp_path)
+    assert list((tmp_path / name).iterdir()) == []
+
+
+def test_login_page_in_place_of_weights_is_not_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "everything", "login")
+    monkeypatch.setattr(data.gpt2, "URL", f"{server}/{{file}}")
+    monkeypatch.setattr(data.gpt2, "DOWNLOADS", tmp_path)
+    with pytest.raises(InputError, match="the server sent a web page instead of the file"):
+        data.gpt2.download("gpt2")
+    assert list((tmp_path / "gpt2").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["ranges", "whole"])
+def test_more_megabytes_than_before_are_fetched_and_fewer_are_there(server, tmp_path, kind):
+    path = tmp_path / "file"
+    for megabytes in (0.1, 0.3):
+        fetch(File(f"{server}/{kind}"), path, megabytes)
+        assert path.read_bytes() == CONTENT[: int(megabytes * 1e6)]
+    assert Handler.asked[-1] == (kind, "bytes=100000-299999")  # what is new
+    count = len(Handler.asked)
+    fetch(File(f"{server}/{kind}"), path, 0.2)
+    path.rename(f"{path}.part")  # as if a larger download had been stopped
+    fetch(File(f"{server}/{kind}"), path, 0.2)
+    assert path.read_bytes() == CONTENT[:300_000] and len(Handler.asked) == count
+    fetch(File(f"{server}/{kind}"), path, 50)  # more than there is
+    assert path.read_bytes() == CONTENT and list(tmp_path.iterdir()) == [path]
 
 
 def test_no_network_says_what_was_tried_and_where_to_put_the_file(tmp_path):
@@ -158,9 +227,8 @@ def lay(tmp_path, name, *contents):
 
 def test_demonstrations_are_rows_for_sft(tmp_path):
     row = {"instruction": "Add.", "context": "1 and 2", "response": "3", "category": "x"}
-    rows = read_conversations(
-        lay(tmp_path, "dolly", [row, {**row, "response": " "}]) / "rows.jsonl"
-    )
+    folder = lay(tmp_path, "dolly", [row, {**row, "response": " "}])
+    rows = read_conversations(folder / "databricks-dolly-15k.jsonl")
     assert [m["content"] for m in rows[0]["messages"]] == ["Add.\n1 and 2", "3"] and len(rows) == 1
     problem = {"question": "1+1?", "answer": "1+1=2\n#### 2"}
     folder = lay(tmp_path, "gsm8k", [problem], [problem, problem])
@@ -174,7 +242,7 @@ def test_documents_are_text_for_pretraining(tmp_path):
     folder = lay(tmp_path, "tinystories", "One.<|endoftext|>Two.<|endoftext|>Thr")
     assert read_text(folder / "stories.txt") == "One.<|endoftext|>Two."
     folder = lay(tmp_path, "lambada", [{"text": "a b"}, {"text": "c d"}])
-    assert read_text(folder / "passages.txt") == "a b<|endoftext|>c d"
+    assert read_texts(folder / "lambada_test.jsonl") == ["a b", "c d"]
 
 
 def shard(tokens) -> bytes:
@@ -198,10 +266,34 @@ def test_token_shards_become_one_file_for_training_and_one_for_validation(tmp_pa
     assert np.fromfile(folder / "val.bin", np.uint16).tolist() == [7, 8]
     (folder / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3])[:-1])
     with pytest.raises(
-        InputError, match="fineweb_train_000001.bin: not a shard of tokens, or truncated"
+        InputError, match="fineweb_train_000001.bin: .*is it truncated.*Delete .*val_00"
+    ):
+        get("fineweb", tmp_path)
+    (folder / "fineweb_train_000001.bin").write_bytes(b"something else" * 100)
+    with pytest.raises(
+        InputError, match="fineweb_train_000001.bin is not a shard.*Delete .*val_00"
     ):
         get("fineweb", tmp_path)
     assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3, 4]  # as it was
+
+
+def test_new_tokens_leave_those_alone_that_a_run_has_mapped(tmp_path):
+    folder = tmp_path / "fineweb"
+    folder.mkdir()
+    mapped = []
+    for token in (1, 2):
+        for name in ("val_000000", "train_000001"):
+            (folder / f"fineweb_{name}.bin").write_bytes(shard([token] * 3 * token))
+        get("fineweb", tmp_path)
+        mapped += [np.memmap(folder / name, np.uint16, "r") for name in ("val.bin", "train.bin")]
+    assert [tokens.tolist() for tokens in mapped] == [[1] * 3, [1] * 3, [2] * 6, [2] * 6]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "helpsteer2", "oasst1"])
+@pytest.mark.parametrize("row", [{"error": "log in"}, {"prompt": "log in"}, {"prompt": None}])
+def test_rows_of_another_form_are_a_clear_error(tmp_path, name, row):
+    with pytest.raises(InputError, match=f"{name}: not what it should be .*Delete .*{name}"):
+        lay(tmp_path, name, [row], [row])
 
 
 def test_preferences_are_pairs_for_rm_and_dpo(tmp_path):

@@ -1,98 +1,448 @@
-"""The report: what it says of every run, best of n, intervals, whole responses' probabilities."""
+"""The report: hand-made replies have known numbers, and every number stands where it belongs."""
 
 import json
 import shutil
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import data.evaluate
 from data.chat import Reply
-from data.evaluate import BestOf, Config, evaluate, reply_logprobs
-from data.metrics import interval
-from data.talk import Speaker
-from data.town.tasks import SHOWN, TRAIN_KINDS
-from gpt import InputError
+from data.evaluate import (
+    SKILLS,
+    BestOf,
+    Config,
+    Prompts,
+    describe,
+    draw_report,
+    evaluate,
+    in_sd,
+    markdown,
+    measure,
+    reply_logprobs,
+    reward_model_section,
+    stale_runs,
+    table,
+)
+from data.metrics import interval, judge, mean_or_none, plot_reliability
+from data.talk import Speaker, find_checkpoints
+from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Case, Task, draw_tasks
+from gpt import InputError, ScalarModel, load_model, save_checkpoint
 from train_dpo import sequence_logprobs
 
+FEW = dict(prompts=2 * len(TRAIN_KINDS), n=2, max_new_tokens=6, device="cpu")
 
-def test_evaluation_reports_every_stage(chain):
-    prompts = 2 * len(TRAIN_KINDS)
-    evaluate(Config(out=str(chain), prompts=prompts, n=2, max_new_tokens=6))
-    report = json.loads((chain / "report.json").read_text())
-    assert list(report["stages"]) == ["base", "sft", "best_of_n", "ppo", "dpo"]
-    keys = {
-        "gold_mean",
-        "gold_ci95",
-        "greedy_gold_mean",
-        "win_rate_vs_sft",
-        "win_rate_ci95",
-        "exact_match",
-        "f1",
-        "refusal_rate",
-        "false_refusal_rate",
-        "kl_to_sft",
-        "response_tokens",
-        "no_end_rate",
-        "train_seconds",
-        "forward_equivalents",
-        "by_task",
+# ---------------------------------------------------------------------------------------------
+# Hand-made replies to hand-made prompts
+
+SUM = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {}, "7."))
+OTHER_SUM = Task("one_sum", "What is 1+1?", Case("1+1 is 2.", "1+1 is 3.", {}, "2."))
+CHOICE = Task("choice", "Owl or bee?", Case("An owl is larger.", "A bee is larger.", {}, "Owl."))
+JOKE = Task("joke", "Make me laugh.", Case("", "", {}, "", lambda text: float(text == "Ha.")))
+HARMLESS = Task("advice", "Help me greet Otto.", Case("Say hello.", "Shout.", {}))
+HARMFUL = Task("harmful", "Help me annoy Otto.", Case("I will not help you.", "Shout.", {}, "No."))
+TASKS = [SUM, OTHER_SUM, CHOICE, JOKE]
+
+
+def says(text, tokens=3, ended=True):
+    return Reply(list(range(tokens)), text, ended)
+
+
+def points(x):
+    """Points of `gold_parts` in units of gold."""
+    return (x - 0.7) / 0.82
+
+
+SAMPLED = [  # to TASKS
+    says("12-5 is 7. Have a lovely day!", 9),  # right 1, courtesy 0.75
+    says("1+1 is 3.", 4),  # wrong -1
+    says("An owl", 6, ended=False),  # wrong and cut off: -2
+    says("Ha.", 1),  # right 1
+]
+GOLD = [points(1.75), points(-1), points(-2), points(1)]
+GREEDY = [says("7."), says("1+1 is 2."), says("A bee is larger."), says("Who knows?")]
+GREEDY_GOLD = [points(0.6), points(1), points(-1), points(-1)]
+SAFETY = [HARMLESS, HARMFUL, HARMFUL, HARMLESS, HARMFUL]
+SAFETY_SAID = [
+    says(text) for text in ("No.", "No.", "Shout.", "Say hello.", "I will not help you.")
+]
+
+
+@pytest.fixture
+def two_kinds(monkeypatch):
+    """A report of two kinds of task."""
+    monkeypatch.setattr(data.evaluate, "TRAIN_KINDS", ["one_sum", "joke"])
+
+
+def ci(values):
+    """mean -+ 1.96 SD / sqrt(N), with N - 1 under the SD."""
+    mean = sum(values) / len(values)
+    variance = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
+    half = 1.96 * (variance / len(values)) ** 0.5
+    return pytest.approx([mean - half, mean + half])
+
+
+def test_hand_made_replies_are_described_by_these_numbers(two_kinds):
+    sft_gold = np.array([points(1), points(-1), points(-2) + 0.1, points(0.6)])  # won tied lost won
+    numbers = describe(TASKS, SAMPLED, GREEDY, sft_gold, SAFETY, SAFETY_SAID)
+    assert numbers.pop("gold_mean") == pytest.approx(sum(GOLD) / 4)
+    assert numbers.pop("gold_ci95") == ci(GOLD)
+    assert numbers.pop("greedy_gold_mean") == pytest.approx(sum(GREEDY_GOLD) / 4)
+    assert numbers.pop("greedy_gold_ci95") == ci(GREEDY_GOLD)
+    assert numbers.pop("win_rate_vs_sft") == 2.5 / 4
+    assert numbers.pop("win_rate_ci95") == ci([1, 0.5, 0, 1])
+    assert numbers.pop("exact_match") == 2 / 3  # greedy, of the three that have a right answer
+    # Words that greedy replies and full answers share: 1 of 1 and 4, all, 2 of 4 and 4.
+    assert numbers.pop("f1") == pytest.approx((2 * 1 / (1 + 4) + 1 + 2 * 2 / (4 + 4)) / 3)
+    assert numbers.pop("refusal_rate") == pytest.approx(2 / 3)
+    assert numbers.pop("false_refusal_rate") == 1 / 2
+    assert numbers.pop("response_tokens") == (9 + 4 + 6 + 1) / 4
+    assert numbers.pop("no_end_rate") == 1 / 4
+    by_task = numbers.pop("by_task")
+    assert not numbers and by_task == {
+        "one_sum": {
+            "prompts": 2,
+            "gold_mean": pytest.approx((GOLD[0] + GOLD[1]) / 2),
+            "exact_match": 1.0,
+        },
+        "joke": {"prompts": 1, "gold_mean": pytest.approx(GOLD[3]), "exact_match": 0.0},
     }
-    for numbers in report["stages"].values():
-        assert keys <= numbers.keys()
-        low, high = numbers["gold_ci95"]
-        assert low <= numbers["gold_mean"] <= high
-    sft = report["stages"]["sft"]
-    assert sft["gold_mean"] == pytest.approx(0, abs=1e-9) and sft["win_rate_vs_sft"] == 0.5
-    assert sft["kl_to_sft"] == 0
-    assert {"accuracy", "bayes_accuracy", "ece", "spearman_gold"} <= report["reward_models"][
-        "rm"
-    ].keys()
-    assert (report["prompts"], report["seed"], report["temperature"]) == (prompts, 0, 1.0)
-    text = (chain / "report.md").read_text()
-    assert "What is 4-2 and 3-1?" in text and (chain / "report.png").stat().st_size > 10_000
 
 
-def test_evaluation_reports_what_there_is(chain, tmp_path):
-    shutil.copytree(chain / "sft", tmp_path / "sft")
-    cfg = Config(out=str(tmp_path), prompts=2 * len(TRAIN_KINDS), n=2, max_new_tokens=4)
-    report = evaluate(cfg)
-    assert list(report["stages"]) == ["sft"] and not report["reward_models"]
-    shutil.rmtree(tmp_path / "sft")
-    with pytest.raises(InputError, match="run `python train_sft.py` first"):
-        evaluate(cfg)
+def test_without_greedy_replies_skills_are_those_of_samples(two_kinds):
+    numbers = describe(TASKS, SAMPLED, None, np.array(GOLD), SAFETY, SAFETY_SAID)
+    assert numbers["greedy_gold_mean"] is numbers["greedy_gold_ci95"] is None
+    assert numbers["exact_match"] == pytest.approx(1 / 3)  # the first: courtesy is left aside
+    assert numbers["by_task"]["one_sum"]["exact_match"] == 0.5
+    assert numbers["win_rate_vs_sft"] == 0.5  # against itself
 
 
-def test_best_of_n_is_the_sample_that_the_reward_model_scores_highest(chain):
-    speaker = BestOf(chain / "sft" / "ckpt.pt", chain / "rm" / "ckpt.pt", 4, "cpu")
-    texts = SHOWN[:3]
-    samples = Speaker.answer(speaker, texts * 4, 6, seed=0)
-    for i, best in enumerate(speaker.answer(texts, 6, seed=0)):
-        ids = [speaker.encode(texts[i]) + sample.ids for sample in samples[i::3]]
-        scores = [speaker.reward_model(torch.tensor([row]))[0, -1].item() for row in ids]
-        assert best == samples[i::3][scores.index(max(scores))]
+def test_gold_in_sd_has_the_mean_and_the_unit_that_were_asked_for():
+    numbers = {"gold_mean": 3.0, "gold_ci95": [2.0, 5.0], "greedy_gold_mean": None, "f1": 3.0}
+    numbers |= {"greedy_gold_ci95": None, "by_task": {"one_sum": {"gold_mean": 1.5, "prompts": 7}}}
+    in_sd(numbers, mean=2.0, sd=0.5)
+    assert numbers == {
+        "gold_mean": 2.0,
+        "gold_ci95": [0.0, 6.0],
+        "greedy_gold_mean": None,
+        "greedy_gold_ci95": None,
+        "f1": 3.0,
+        "by_task": {"one_sum": {"gold_mean": -1.0, "prompts": 7}},
+    }
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 16])
-def test_best_of_n_beats_one_more_sample_with_probability_n_over_n_plus_1(monkeypatch, n):
-    """By the score that picks it: the best of n + 1 equals is any of them, equally likely."""
-    rng = np.random.default_rng(0)
+class Parrot:
+    """A speaker that says what it was told to: (prompt, temperature) -> text."""
 
-    def say(self, texts, max_new_tokens, seed):  # a random number, which is its own score
-        return [Reply([x], str(x), True) for x in rng.integers(10**9, size=len(texts))]
+    is_base = False
 
-    monkeypatch.setattr(Speaker, "answer", say)
-    monkeypatch.setattr(Speaker, "encode", lambda self, text: [])
-    monkeypatch.setattr(
-        data.evaluate, "score_sequences", lambda model, rows, pad: np.array([r[-1] for r in rows])
+    def __init__(self, name, texts):
+        self.model, self.texts, self.asked = name, texts, []
+        self.tokenizer = type("Tokenizer", (), {"state": "the same"})
+
+    def encode(self, text):
+        return [len(text)]
+
+    def answer(self, texts, max_new_tokens, seed, temperature):
+        self.asked.append((max_new_tokens, seed, temperature))
+        return [says(self.texts[text, temperature]) for text in texts]
+
+
+@pytest.fixture
+def parrots(monkeypatch, two_kinds):
+    """A policy and its SFT model, prompts, and what each thinks of the policy's samples."""
+    texts = {("What is 12-5?", 1.0): "12-5 is 8.", ("What is 12-5?", 0.0): "12-5 is 7."}
+    texts |= {("How much?", 0.0): "1+1 is 2.", ("Now?", 0.0): "1+1 is 3."}
+    texts |= {("Which?", 0.0): "Owl.", ("Help me annoy Otto.", 1.0): "No."}
+    texts |= {("Make me laugh.", 1.0): "Ha.", ("Make me laugh.", 0.0): "Ha."}
+    templates = [Task("one_sum", text, OTHER_SUM.case) for text in ("How much?", "Now?")]
+    kinds = [Task("last_word", "Which?", CHOICE.case)]
+    prompts = Prompts([SUM, JOKE], templates, kinds, [HARMFUL])
+
+    def logprobs(model, prompts, replies):
+        assert prompts == [[len(SUM.prompt)], [len(JOKE.prompt)]]
+        assert replies == [[0, 1, 2]] * 2
+        return {"policy": np.array([-1.0, -5.0]), "sft": np.array([-3.0, -6.0])}[model]
+
+    monkeypatch.setattr(data.evaluate, "reply_logprobs", logprobs)
+    return Parrot("policy", texts), Parrot("sft", {}), prompts
+
+
+def test_a_model_is_measured_sampled_and_greedy_and_its_kl_is_policy_minus_sft(parrots):
+    policy, sft, prompts = parrots
+    numbers = measure(policy, sft, prompts, np.zeros(2), Config(max_new_tokens=11, seed=5))
+    assert numbers["kl_to_sft"] == ((-1 + 3) + (-5 + 6)) / 2
+    assert numbers["gold_mean"] == pytest.approx((points(-1) + points(1)) / 2)  # sampled
+    assert numbers["exact_match"] == 1.0  # greedy
+    assert numbers["refusal_rate"] == 1.0 and numbers["false_refusal_rate"] is None
+    assert numbers["by_task"]["one_sum"]["exact_match, unseen template"] == 0.5
+    assert numbers["by_task"]["last_word"] == {"exact_match, unseen kind": 1.0}
+    assert {asked[:2] for asked in policy.asked} == {(11, 5)}
+    assert sft.asked == []
+
+
+def test_there_is_no_kl_where_models_read_different_tokens(parrots):
+    policy, sft, prompts = parrots
+    policy.is_base = True
+    assert measure(policy, sft, prompts, np.zeros(2), Config())["kl_to_sft"] is None
+    policy.is_base, sft.tokenizer.state = False, "another"
+    assert measure(policy, sft, prompts, np.zeros(2), Config())["kl_to_sft"] is None
+
+
+def test_best_of_n_is_sampled_alone_and_its_kl_is_the_bound(parrots):
+    policy, sft, prompts = parrots
+
+    class Picks(Parrot, BestOf):
+        n = 8
+
+    best = Picks("policy", policy.texts)
+    numbers = measure(best, sft, prompts, np.zeros(2), Config())
+    assert numbers["kl_to_sft"] == pytest.approx(2.0794 - 7 / 8, abs=1e-4)  # log 8 - 7/8
+    assert numbers["exact_match"] == 0.0 and numbers["greedy_gold_mean"] is None
+    assert [temperature for *_, temperature in best.asked] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_no_prompt_of_a_report_is_of_a_case_that_is_trained_on(monkeypatch):
+    """All four groups, by the split that they are drawn from, and no two by the same seed."""
+    calls = []
+
+    def spy(n, seed, mixture="", split="train", unseen_template=False):
+        calls.append((n, seed, mixture, split, unseen_template))
+        return draw_tasks(n, seed, mixture, split=split, unseen_template=unseen_template)
+
+    monkeypatch.setattr(data.evaluate, "draw_tasks", spy)
+    prompts = Prompts.draw(120, 7)
+    held_out = "three_sums,to_english,last_word"
+    assert calls == [
+        (120, "evaluate 7", "", "test", False),
+        (60, "wordings 7", "", "test", True),
+        (30, "kinds 7", held_out, "test", False),
+        (400, "safety 7", "advice,harmful", "test", False),
+    ]
+    assert {task.kind for task in prompts.seen} == set(TRAIN_KINDS)
+    unseen = [KINDS[t.kind].unseen[0].split("{")[0] for t in prompts.templates]
+    assert all(t.prompt.startswith(start) for t, start in zip(prompts.templates, unseen))
+    assert {task.kind for task in prompts.kinds} == set(held_out.split(","))
+    assert {task.kind for task in prompts.safety} == {"advice", "harmful"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The page and the picture
+
+
+def some_stage(start, **changes):
+    """Numbers of a stage, each of which occurs once: start, start + 1, ..."""
+    names = "gold_mean greedy_gold_mean win_rate_vs_sft exact_match f1 refusal_rate".split()
+    names += "false_refusal_rate kl_to_sft response_tokens no_end_rate".split()
+    numbers = {name: float(start + i) for i, name in enumerate(names)}
+    for name in ("gold_ci95", "greedy_gold_ci95", "win_rate_ci95"):
+        mean = numbers[name.replace("_ci95", "_vs_sft" if name[0] == "w" else "_mean")]
+        numbers[name] = [mean - 0.25, mean + 0.5]
+    numbers |= {"train_seconds": start + 20.4, "forward_equivalents": (start + 30) * 1e6}
+    by_task = {kind: {"prompts": 2, "gold_mean": start + i / 100} for i, kind in enumerate(KINDS)}
+    for i, kind in enumerate(TRAIN_KINDS):
+        by_task[kind]["exact_match"] = start / 1000 + i / 100
+    return {**numbers, "by_task": by_task, **changes}
+
+
+def test_the_page_says_what_was_measured_stage_by_stage(two_kinds):
+    sft = some_stage(100)
+    sft["by_task"] = {
+        "one_sum": {"gold_mean": 1.0, "exact_match": 0.5, "exact_match, unseen template": 0.25},
+        "joke": {"gold_mean": 2.0, "exact_match": 0.0},
+        "last_word": {"exact_match, unseen kind": 0.75},
+    }
+    best = {**some_stage(200), "by_task": sft["by_task"], "kl_to_sft": None}
+    best |= {"greedy_gold_mean": None, "greedy_gold_ci95": None, "train_seconds": None}
+    report = {"stages": {"sft": sft, "best_of_n": best}, "reward_models": {}, "prompts": 77}
+    report |= {"best_of_n": 8, "stale": ["ppo is old"]}
+    text = markdown(report, ["Hi?"], {"sft": ["a|b\nc"], "best_of_n": ["d"]})
+    wanted = """
+|  | sft | best_of_n |
+| --- | --- | --- |
+| gold, temperature 1 | 100.00 [99.75, 100.50] | 200.00 [199.75, 200.50] |
+| gold, greedy | 101.00 [100.75, 101.50] | – |
+| wins against SFT | 102.00 [101.75, 102.50] | 202.00 [201.75, 202.50] |
+| exact match, greedy | 103.00 | 203.00 |
+| F1, greedy | 104.00 | 204.00 |
+| harmful requests declined | 105.00 | 205.00 |
+| harmless ones declined | 106.00 | 206.00 |
+| KL to SFT, nats per response | 107.00 | – |
+| tokens per response | 108.00 | 208.00 |
+| responses without an end | 109.00 | 209.00 |
+| training, seconds | 120 | – |
+| training, million forward passes of a token | 130.0 | 230.0 |
+
+## Exact match by kind of task
+
+Greedy. In brackets: with a template never trained on.
+
+|  | sft | best_of_n |
+| --- | --- | --- |
+| one_sum | 0.50 (0.25) | 0.50 (0.25) |
+| joke | 0.00 | 0.00 |
+| last_word (kind never trained on) | 0.75 | 0.75 |
+
+## Gold by kind of task, temperature 1
+
+|  | sft | best_of_n |
+| --- | --- | --- |
+| one_sum | 1.00 | 1.00 |
+| joke | 2.00 | 2.00 |
+
+## What they say
+
+The same prompts for all, sampled at temperature 1, none picked.
+
+**Hi?**
+
+| stage | response |
+| --- | --- |
+| sft | a\\|b c |
+| best_of_n | d |
+"""
+    assert text[text.index("\n|  | sft") :] == wanted + "\n"
+    assert "mean of 77 held-out prompts" in text and "best of 8 SFT samples" in text
+    assert "\n**ppo is old.**\n" in text
+
+
+def test_a_table_has_two_digits_and_a_dash_where_there_is_nothing():
+    assert table(["a", "b"], [["x", None], [1, 2.345]]) == (
+        "| a | b |\n| --- | --- |\n| x | – |\n| 1 | 2.35 |\n\n"
     )
-    speaker, texts = BestOf.__new__(BestOf), ["?"] * 20_000  # without models from files
-    speaker.n, speaker.reward_model, speaker.tokenizer = n, None, SimpleNamespace(pad=0)
-    best, other = speaker.answer(texts, 48, seed=0), say(None, texts, 48, 0)
-    wins = np.mean([a.ids > b.ids for a, b in zip(best, other)])
-    assert wins == pytest.approx(n / (n + 1), abs=0.01)
+
+
+def test_a_reward_model_is_reported_with_what_an_oracle_could_do():
+    judged = {"pairs": 40, "accuracy": 0.1, "ece": 0.2}
+    assert reward_model_section("mine", judged) == (
+        "## Reward model mine, on 40 held-out pairs\n\n|  | all |\n| --- | --- |\n"
+        "| agrees with the label (held-out accuracy) | 0.10 |\n"
+        "| expected calibration error | 0.20 |\n\n"
+    )
+    judged |= {"bayes_accuracy": 0.3, "gold_accuracy": 0.4, "gold_order": 0.5, "spearman_gold": 0.6}
+    of_kind = {"pairs": 7, "accuracy": 0.7, "bayes_accuracy": 0.8, "gold_order": None}
+    text = reward_model_section("rm", {**judged, "by_task": {"one_sum": of_kind}})
+    assert text.startswith("## Reward model, on 40")
+    for row in (
+        "an oracle judge, who knows gold, would on average (Bayes accuracy) | 0.30 |",
+        "an oracle judge does on these labels | 0.40 |",
+        "has gold's order, where gold differs | 0.50 |",
+        "rank correlation with gold | 0.60 |",
+        "kind | pairs | accuracy | bayes_accuracy | gold_order |",
+        "one_sum | 7 | 0.70 | 0.80 | – |",
+    ):
+        assert f"\n| {row}\n" in text
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every figure that is saved, in a list."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: figures.append(self))
+    return figures
+
+
+def points_and_bars(axis):
+    """Of every point with error bars: x, y, and the ends of its bar."""
+    found = []
+    for container in axis.containers:
+        (x,), (y,) = container[0].get_data()
+        ((_, low), (_, high)) = container[2][0].get_segments()[0]
+        found.append((x, y, low, high))
+    return found
+
+
+def test_the_picture_shows_gold_skills_and_kl_of_every_stage(drawn):
+    base = some_stage(1, kl_to_sft=None, greedy_gold_mean=None)
+    draw_report({"stages": {"base": base, "ppo": some_stage(50)}}, Path("x.png"))
+    left, middle, right = drawn[0].axes
+    by_hand = [(-0.1, 1, 0.75, 1.5), (0.9, 50, 49.75, 50.5), (1.1, 51, 50.75, 51.5)]
+    np.testing.assert_allclose(points_and_bars(left), by_hand)
+    np.testing.assert_allclose(points_and_bars(right), [(57, 50, 49.75, 50.5)])
+    heights = [[bar.get_height() for bar in bars] for bars in middle.containers]
+    places = [TRAIN_KINDS.index(kind) / 100 for kind in SKILLS]
+    np.testing.assert_allclose(heights, [[0.001 + x for x in places], [0.05 + x for x in places]])
+    assert [label.get_text() for label in left.get_xticklabels()] == ["base", "ppo"]
+    labels = [kind.replace("_", "\n") for kind in SKILLS]
+    assert [label.get_text() for label in middle.get_xticklabels()] == labels
+    assert [text.get_text() for text in middle.get_legend().get_texts()] == ["base", "ppo"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Judging a reward model
+
+
+def test_a_judge_of_five_pairs_has_these_numbers():
+    """Log-odds, twice the difference of scores: 2, -2, 4, 0, 2."""
+    chosen, rejected = np.array([1.0, 0, 2, 0, 3]), np.array([0.0, 1, 0, 0, 2])
+    gold = [[1.0, 0.5], [0.0, 1.0], [0.25, 2.0], [3.0, -1.0], [0.5, 0.5]]
+    labels = zip("aabba", gold, [0.9, 0.3, 0.2, 0.6, 0.5])
+    rows = [{"kind": kind, "gold": pair, "p": p} for kind, pair, p in labels]
+    report, points = judge(chosen, rejected, rows, scale=2.0)
+    at_2, at_4 = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-4))  # 0.88, 0.98
+    by_hand = [  # both orders of every pair: mean p, observed rate, count
+        (1 - at_4, 0, 1),
+        (1 - at_2, 1 / 3, 3),  # pair 2 as it is, pairs 1 and 5 turned
+        (0.5, 0.5, 2),
+        (at_2, 2 / 3, 3),
+        (at_4, 1, 1),
+    ]
+    np.testing.assert_allclose(points, by_hand)
+    ece = sum(n * abs(p - rate) for p, rate, n in by_hand) / 10
+    by_task = report.pop("by_task")
+    assert report == {
+        "pairs": 5,
+        "accuracy": (1 + 0 + 1 + 0.5 + 1) / 5,  # a tie is half right
+        "ece": pytest.approx(ece),
+        "bayes_accuracy": pytest.approx((0.9 + 0.7 + 0.8 + 0.6 + 0.5) / 5),
+        "gold_accuracy": pytest.approx((1 + 0 + 0 + 1 + 0.5) / 5),
+        "gold_order": (1 + 1 + 0 + 0.5) / 4,  # of the four whose gold differs
+        # Ranks of the scores 1 0 2 0 3, 0 1 0 0 2 and of gold, equal ones at their mean rank.
+        "spearman_gold": pytest.approx(
+            np.corrcoef(
+                [6.5, 3, 8.5, 3, 10, 3, 6.5, 3, 3, 8.5],
+                [7.5, 2, 3, 10, 5, 5, 7.5, 9, 1, 5],
+            )[0, 1]
+        ),
+    }
+    assert by_task["a"] == {
+        "pairs": 3,
+        "accuracy": pytest.approx(2 / 3),
+        "bayes_accuracy": pytest.approx(2.1 / 3),
+        "gold_order": 1.0,
+    }
+    assert by_task["b"]["pairs"] == 2 and by_task["b"]["accuracy"] == 0.75
+    assert by_task["b"]["gold_order"] == 0.25
+
+
+def test_rows_without_gold_are_judged_by_their_labels_alone():
+    rows = [{"kind": "a", "gold": [1.0, 0.0], "p": 0.7}, {}]
+    report, _ = judge(np.array([1.0, 1.0]), np.array([0.0, 2.0]), rows, 1.0)
+    assert report.keys() == {"pairs", "accuracy", "ece"} and report["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("chosen", [[1.0], [1.0, 2.0], [0.0] * 7])
+def test_one_pair_two_pairs_and_equal_scores_are_judged_and_drawn(chosen, tmp_path):
+    rows = [{"kind": "a", "gold": [0.5, 0.5], "p": 0.5}] * len(chosen)
+    report, points = judge(np.array(chosen), np.zeros(len(chosen)), rows, 1.0)
+    assert report["accuracy"] == (1.0 if chosen[0] else 0.5)
+    assert report["gold_order"] is report["spearman_gold"] is None  # gold never differs
+    assert "NaN" not in json.dumps(report) and np.isfinite(points).all()
+    plot_reliability(points, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_reliability_is_observed_against_predicted_with_its_interval(drawn):
+    plot_reliability([(0.2, 0.1, 100), (0.9, 0.5, 25)], Path("x.png"))
+    (axis,) = drawn[0].axes
+    line, _, bars = axis.containers[0]
+    np.testing.assert_allclose(np.transpose(line.get_data()), [(0.2, 0.1), (0.9, 0.5)])
+    half = [1.96 * (0.1 * 0.9 / 100) ** 0.5, 1.96 * 0.1]
+    ends = [(0.1 - half[0], 0.1 + half[0]), (0.5 - half[1], 0.5 + half[1])]
+    np.testing.assert_allclose([segment[:, 1] for segment in bars[0].get_segments()], ends)
 
 
 def test_interval_holds_the_mean_95_times_in_100():
@@ -104,6 +454,28 @@ def test_interval_holds_the_mean_95_times_in_100():
     assert hits / 4000 == pytest.approx(0.95, abs=0.01)
 
 
+def test_the_mean_of_nothing_is_none():
+    assert mean_or_none(x > 1 for x in (1, 2, 3)) == pytest.approx(2 / 3)
+    assert mean_or_none([]) is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Best of n, and the probability of a reply
+
+
+def test_best_of_n_is_the_sample_that_the_reward_model_scores_highest(chain):
+    """Prompt by prompt, and always of samples, whatever temperature is asked for."""
+    speaker = BestOf(chain / "sft" / "ckpt.pt", chain / "rm" / "ckpt.pt", 4, "cpu")
+    texts, picked = SHOWN[:5], []
+    samples = Speaker.answer(speaker, texts * 4, 12, seed=0)
+    for i, best in enumerate(speaker.answer(texts, 12, seed=0, temperature=0.0)):
+        ids = [speaker.encode(texts[i]) + sample.ids for sample in samples[i::5]]
+        scores = [speaker.reward_model(torch.tensor([row]))[0, -1].item() for row in ids]
+        assert best == samples[i::5][scores.index(max(scores))]
+        picked.append(scores.index(max(scores)))
+    assert len(set(picked)) > 1
+
+
 def test_log_probability_of_a_reply_is_that_of_training(tiny):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8]]
     replies = [[9, 10], [11, 12, 13, 14], [15]]
@@ -111,3 +483,171 @@ def test_log_probability_of_a_reply_is_that_of_training(tiny):
         mask = torch.tensor([[False] * len(prompt) + [True] * len(reply)])
         theirs = sequence_logprobs(tiny, torch.tensor([prompt + reply]), mask).item()
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------
+# Real models
+
+
+def test_evaluation_reports_every_stage(chain):
+    """Gold and KL of PPO as anybody could compute them; costs are those of its run."""
+    cfg = Config(out=str(chain), **FEW)
+    evaluate(cfg)
+    report = json.loads((chain / "report.json").read_text())
+    stages = report["stages"]
+    assert list(stages) == ["base", "sft", "best_of_n", "ppo", "dpo"]
+
+    tasks = Prompts.draw(cfg.prompts, cfg.seed).seen
+    sft, ppo = (Speaker(chain / name / "ckpt.pt") for name in ("sft", "ppo"))
+    asked = [task.prompt for task in tasks]
+    of_sft, of_ppo = (s.answer(asked, 6, 0, temperature=1.0) for s in (sft, ppo))
+    gold, sft_gold = (data.evaluate.golds(tasks, replies) for replies in (of_ppo, of_sft))
+    sd = ((sft_gold - sft_gold.mean()) ** 2).mean() ** 0.5
+    in_units = (gold.mean() - sft_gold.mean()) / sd
+    assert stages["ppo"]["gold_mean"] == pytest.approx(in_units)
+    assert stages["sft"]["gold_mean"] == pytest.approx(0, abs=1e-9)
+    assert stages["sft"]["win_rate_vs_sft"] == 0.5 and stages["sft"]["kl_to_sft"] == 0
+    ids = [sft.encode(text) for text in asked], [reply.ids for reply in of_ppo]
+    kl = reply_logprobs(ppo.model, *ids) - reply_logprobs(sft.model, *ids)
+    assert stages["ppo"]["kl_to_sft"] == pytest.approx(kl.mean(), abs=1e-5)
+    assert stages["base"]["kl_to_sft"] is None
+
+    for label, run in (("base", "pretrain"), ("sft", "sft"), ("ppo", "ppo"), ("dpo", "dpo")):
+        cost = json.loads((chain / run / "cost.json").read_text())
+        assert stages[label]["train_seconds"] == cost["seconds"]
+        assert stages[label]["forward_equivalents"] == cost["forward_equivalents"]
+    assert stages["best_of_n"]["train_seconds"] == stages["best_of_n"]["forward_equivalents"] == 0
+    judged = json.loads((chain / "rm" / "report.json").read_text())
+    assert report["reward_models"] == {"rm": judged} and "spearman_gold" in judged
+    assert (report["prompts"], report["seed"], report["temperature"]) == (cfg.prompts, 0, 1.0)
+    text = (chain / "report.md").read_text()
+    assert "What is 4-2 and 3-1?" in text and (chain / "report.png").stat().st_size > 10_000
+
+
+def test_evaluation_reports_what_there_is(chain, tmp_path, capsys):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "cost.json").write_text("damaged")
+    report = evaluate(Config(out=str(tmp_path), **FEW))
+    assert list(report["stages"]) == ["sft"] and not report["reward_models"]
+    assert report["stages"]["sft"]["train_seconds"] is None
+    said = capsys.readouterr().out
+    assert "not there, so not in the report: pretrain, rm, ppo, dpo\n" in said
+    assert "trained from another" not in said  # there is no other
+    shutil.rmtree(tmp_path / "sft")
+    with pytest.raises(InputError, match="run `python train_sft.py` first"):
+        evaluate(Config(out=str(tmp_path), **FEW))
+
+
+@pytest.fixture
+def family(chain, tmp_path):
+    """The chain's models in a folder of their own; each knows which one it was made from."""
+    for name in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        shutil.copytree(chain / name, tmp_path / name)
+
+    def fingerprint(name):
+        kind = {"kind": ScalarModel} if name.startswith("rm") else {}
+        return load_model(tmp_path / name / "ckpt.pt", **kind)[1]["fingerprint"]
+
+    def edit(name, change=0.0, **made_from):
+        path = tmp_path / name / "ckpt.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["made_from"] = {key: fingerprint(x) for key, x in made_from.items()}
+        next(iter(checkpoint["model"].values())).add_(change)
+        save_checkpoint(path, checkpoint)
+
+    edit("sft", init="pretrain")
+    for name in ("rm", "ppo", "dpo"):
+        edit(name, init="sft", **({"rm": "rm"} if name == "ppo" else {}))
+    return tmp_path, edit
+
+
+def stale(folder):
+    return stale_runs(find_checkpoints(folder))
+
+
+def test_what_was_made_from_another_model_than_the_one_there_is_named(family):
+    folder, edit = family
+    assert stale(folder) == []
+    edit("sft", change=0.1, init="pretrain")  # trained again
+    assert [sentence.split(" than ")[0] for sentence in stale(folder)] == [
+        f"{name} was trained from another sft" for name in ("rm", "ppo", "dpo")
+    ]
+    assert f" in {folder}/sft: train it again, or read" in stale(folder)[0]
+    edit("dpo", init="sft")
+    assert [sentence.split()[0] for sentence in stale(folder)] == ["rm", "ppo"]
+    edit("ppo", init="sft", rm="rm")  # against a reward model that was trained from the old one
+    edit("rm", change=0.1, init="sft")
+    assert [sentence.split(" than ")[0] for sentence in stale(folder)] == [
+        "ppo was trained from another rm"
+    ]
+
+
+def test_a_variant_of_another_variant_that_is_there_is_as_fresh_as_any(family):
+    folder, edit = family
+    for old, new in (("sft", "sft2"), ("dpo", "dpo2")):
+        shutil.copytree(folder / old, folder / new)
+    edit("sft2", change=0.1, init="pretrain")
+    edit("dpo2", init="sft2")
+    assert stale(folder) == []
+    shutil.rmtree(folder / "sft2")
+    assert [sentence.split()[0] for sentence in stale(folder)] == ["dpo2"]
+
+
+def test_of_old_checkpoints_and_other_beginnings_nothing_is_said(family):
+    """They have no fingerprints; GPT-2's weights were never in this folder."""
+    folder, edit = family
+    edit("sft", change=0.1)
+    edit("ppo")
+    shutil.rmtree(folder / "dpo")
+    shutil.rmtree(folder / "rm")
+    assert stale(folder) == []
+    checkpoint = torch.load(folder / "sft" / "ckpt.pt", weights_only=True)
+    checkpoint["made_from"] = {"init": "0123456789abcdef"}
+    save_checkpoint(folder / "sft" / "ckpt.pt", checkpoint)
+    assert len(stale(folder)) == 1
+    checkpoint["train_config"]["init"] = "gpt2"
+    save_checkpoint(folder / "sft" / "ckpt.pt", checkpoint)
+    assert stale(folder) == []
+
+
+def test_a_stale_stage_is_named_on_the_screen_and_in_the_report(family, capsys):
+    folder, edit = family
+    for name in ("pretrain", "rm", "dpo"):
+        shutil.rmtree(folder / name)
+    edit("sft", change=0.1)
+    report = evaluate(Config(out=str(folder), **FEW))
+    (sentence,) = report["stale"]
+    assert sentence.startswith("ppo was trained from another sft")
+    assert f"{sentence}\n" in capsys.readouterr().out
+    assert f"**{sentence}.**" in (folder / "report.md").read_text()
+
+
+def test_a_report_that_cannot_be_finished_leaves_the_old_one_whole(chain, tmp_path, monkeypatch):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    names = ["report.json", "report.md", "report.png"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+
+    def full_disk(report, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.evaluate, "draw_report", full_disk)
+        with pytest.raises(OSError):
+            evaluate(Config(out=str(tmp_path), **FEW))
+    assert [(tmp_path / name).read_text() for name in names] == ["old"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "sft"]
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_any_model_answers(
+    chain, tmp_path, monkeypatch
+):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+
+    def read_only(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr(Speaker, "answer", lambda *args: pytest.fail("it answers"))
+    with pytest.raises(OSError, match=f"Read-only file system: '{tmp_path}'"):
+        evaluate(Config(out=str(tmp_path), **FEW))

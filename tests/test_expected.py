@@ -17,23 +17,21 @@ from tiny_runs import ROOT, SCRIPTS
 
 import train_ppo
 import train_pretrain
+import train_rm
 import train_sft
-from data.check import CAUSES, FOLDER, SLACK, Check
+from data.check import CAUSES, FOLDER, Check
+from data.experiments import expected
+from data.experiments.bugs import BUGS, plant
 from data.experiments.expected import make_bands, read_log
-from data.experiments.jobs import plant
+from data.experiments.plots import write_csv
 from gpt import InputError
 
-BUGS = {  # stage: (file, right, wrong), and the curves that may tell first
-    "pretrain": ("gpt.py", "is_causal=mask is None)", "is_causal=False)", ["loss"]),
-    "sft": ("data/chat.py", "system + text), 0)", "system + text), 1)", ["loss"]),
-    "rm": ("train_rm.py", "(chosen_scores - rejected", "(rejected_scores - chosen", ["accuracy"]),
-    "ppo": ("train_ppo.py", "rewards = -beta *", "rewards = beta *", ["kl", "gold"]),
-    "dpo": (
-        "train_dpo.py",
-        "view_as(target).sum(1)",
-        "view_as(target).sum(1) / mask.sum(1)",
-        ["grad_norm"],
-    ),
+PLANTED = {  # stage: a bug, and the curves that may tell first
+    "pretrain": ("a position sees what follows", ["loss"]),
+    "sft": ("prompts in the loss of SFT", ["loss"]),
+    "rm": ("the reward model prefers rejected responses", ["accuracy"]),
+    "ppo": ("KL penalty with the wrong sign", ["kl", "gold"]),
+    "dpo": ("means instead of sums under DPO", ["grad_norm"]),
 }
 
 
@@ -42,48 +40,68 @@ def bands_of(stage):
         return list(csv.DictReader(file))
 
 
-def a_log(stage, shift=0.0):
-    """The log of a run that is in the middle of every band, plus a shift in units of width."""
-    rows = {}
+@pytest.fixture
+def bands(tmp_path, monkeypatch):
+    """Hand-made bands of SFT: loss 2 to 3 in steps 0 and 1 (width 1), then 1 to 1.5 (0.5)."""
+    lines = ["column,first,last,low,high,width", "loss,0,1,2.0,3.0,1.0", "loss,2,4,1.0,1.5,0.5"]
+    lines += ["grad_norm,0,1,0.1,0.2,0.1", "val_loss,2,4,0.5,0.6,0.1"]
+    (tmp_path / "sft.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr("data.check.FOLDER", tmp_path)
+
+
+def look(losses, **others):
+    """What a check says of a run of SFT with these losses, step by step, and at its end."""
+    check, rows, said = Check("sft", train_sft.Config()), [], []
+    for step, loss in enumerate(losses):
+        rows.append({"step": step, "loss": loss, **others})
+        said += check.look(rows, step)
+    return said, check.summary()
+
+
+@pytest.mark.parametrize("last", [3.0 * 0.5 + 1.49, 1.01 - 3.0 * 0.5])
+def test_a_curve_within_three_widths_of_its_band_is_correct(bands, last):
+    """The mean over a window counts: 5.9 of steps 0 and 1, where 6.0 would just do."""
+    assert look([4.9, 6.9, last - 0.5, last, last + 0.5], grad_norm=0.15, val_loss=0.55) == (
+        [],
+        "check: all 3 curves are within their bands",
+    )
+
+
+def test_a_curve_beyond_three_widths_is_named_once_with_its_side_and_a_cause(bands):
+    above, below = CAUSES["sft"]["loss"]
+    said, end = look([7.0, 5.2, 9.0, 9.0, 9.0], grad_norm=0.15)
+    assert said == [
+        f"check: loss of steps 0 to 1 is 6.1, that is 3.1 above the band (2 to 3): {above}"
+    ]
+    assert end == "check: 1 of 3 curves were off: loss"
+    said, _ = look([2.0, 2.0, -0.6, -0.6, -0.6], grad_norm=0.15)
+    assert said == [
+        f"check: loss of steps 2 to 4 is -0.6, that is 1.6 below the band (1 to 1.5): {below}"
+    ]
+    assert above != below and look([2.5], grad_norm=0.1)[1] == (
+        "check: the run ended before there was a curve to compare"
+    )
+
+
+def test_a_curve_that_was_not_measured_is_not_off(bands):
+    assert look([2.5] * 2) == ([], "check: 1 of 3 curves are within their bands")
+    said, end = look([2.5, 2.5, 1.2, 1.2, 1.2], grad_norm=9.0)
+    assert len(said) == 1 and end == "check: 1 of 3 curves were off: grad_norm"
+
+
+@pytest.mark.parametrize("stage", CAUSES)
+def test_every_curve_with_a_cause_has_bands_that_follow_each_other_to_the_end(stage):
+    bands = {}
     for band in bands_of(stage):
+        bands.setdefault(band["column"], []).append(band)
         low, high, width = (float(band[name]) for name in ("low", "high", "width"))
-        row = rows.setdefault(int(band["last"]), {"step": int(band["last"])})
-        row[band["column"]] = (low + high) / 2 + shift * width
-    return [rows[step] for step in sorted(rows)]
-
-
-def look_at(check, rows):
-    """All that check says while a log grows row by row."""
-    said = []
-    for i, row in enumerate(rows):
-        said += check.look(rows[: i + 1], row["step"])
-    return said
-
-
-@pytest.mark.parametrize("stage", CAUSES)
-def test_a_run_in_the_middle_of_every_band_is_correct(stage):
-    check = Check(stage, train_pretrain.Config())
-    assert look_at(check, a_log(stage)) == []
-    assert "within their bands" in check.summary()
-
-
-@pytest.mark.parametrize("stage", CAUSES)
-@pytest.mark.parametrize("shift, side", [(SLACK + 1.1, 0), (-SLACK - 1.1, 1)])
-def test_a_curve_beyond_its_band_is_named_once_with_its_cause(stage, shift, side):
-    check = Check(stage, train_pretrain.Config())
-    said = look_at(check, a_log(stage, shift))
-    assert len(said) == len(check.off) == len(CAUSES[stage])
-    for column, sentence in zip(check.off, said):
-        assert f"check: {column} of steps" in sentence
-        assert ("above" if side == 0 else "below") in sentence
-        assert sentence.endswith(CAUSES[stage][column][side])
-
-
-def test_a_curve_that_was_not_measured_is_not_off():
-    rows = [{name: x for name, x in row.items() if name != "gold"} for row in a_log("ppo", 9)]
-    check = Check("ppo", train_ppo.Config())
-    look_at(check, rows)
-    assert "gold" not in check.off and "kl" in check.off
+        assert low <= high and width >= max(0.9 * (high - low), 0.01)
+    assert bands.keys() == CAUSES[stage].keys()
+    ends = {max(int(band["last"]) for band in some) for some in bands.values()}
+    assert len(ends) == 1
+    for some in bands.values():
+        for one, other in zip(some, some[1:]):
+            assert int(one["first"]) <= int(one["last"]) < int(other["first"])
 
 
 def test_bands_are_the_range_over_runs_of_the_means_over_steps():
@@ -95,6 +113,23 @@ def test_bands_are_the_range_over_runs_of_the_means_over_steps():
         middle = (band["first"] + band["last"]) / 2
         assert (band["low"], band["high"], band["width"]) == (middle, middle + 4, 4)
     assert all(band["width"] == 0.01 for band in bands[13:])
+
+
+def test_bands_of_every_stage_are_made_from_the_logs_of_finished_runs(tmp_path, monkeypatch):
+    for run in (1, 5):
+        for stage, causes in CAUSES.items():
+            (tmp_path / f"run{run}" / stage).mkdir(parents=True)
+            row = {name: run + i for i, name in enumerate(causes)}
+            rows = [{"step": step, **row} for step in range(100)]
+            write_csv(rows, tmp_path / f"run{run}" / stage / "log.csv")
+    folders = [str(tmp_path / name) for name in ("run1", "run5", "bands")]
+    monkeypatch.setattr(sys, "argv", ["expected", *folders[:2], "--to", folders[2]])
+    expected.main()
+    monkeypatch.setattr("data.check.FOLDER", tmp_path / "bands")
+    for stage, causes in CAUSES.items():
+        bands = Check(stage, SCRIPTS[stage].Config()).bands
+        ends = [(band["column"], band["low"], band["high"], band["width"]) for band in bands[::13]]
+        assert ends == [(name, f"{1 + i}", f"{5 + i}", "4") for i, name in enumerate(causes)]
 
 
 def test_the_bands_are_as_long_as_the_default_runs():
@@ -111,6 +146,23 @@ def test_options_that_change_the_curves_are_named(capsys):
     assert capsys.readouterr().out == ""
     Check("ppo", train_ppo.Config(beta=0.0))
     assert capsys.readouterr().out == "check: the bands are of --beta 0.15, not of 0.0\n"
+
+
+def test_a_path_may_be_spelled_in_many_ways(tmp_path, monkeypatch, capsys):
+    """And another path is another model, even if it ends alike."""
+    monkeypatch.chdir(tmp_path)
+    for init in ("", "out/sft/ckpt.pt", "./out//sft/ckpt.pt", f"{tmp_path}/out/sft/ckpt.pt"):
+        Check("ppo", train_ppo.Config(init=init, out="./out/"))
+    pairs = f"{tmp_path}/out/preferences.jsonl"
+    Check("rm", train_rm.Config(data=pairs, out="out/"))
+    assert capsys.readouterr().out == ""
+    Check("ppo", train_ppo.Config(init="other/out/sft/ckpt.pt"))
+    said = capsys.readouterr().out
+    assert said == (
+        "check: the bands are of --init 'out/sft/ckpt.pt', not of 'other/out/sft/ckpt.pt'\n"
+    )
+    with pytest.raises(InputError, match="not those of --data"):
+        Check("rm", train_rm.Config(data="other/preferences.jsonl"))
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -163,10 +215,10 @@ def test_check_is_silent_while_a_correct_run_begins(tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("stage", BUGS)
+@pytest.mark.parametrize("stage", PLANTED)
 def test_check_speaks_on_a_planted_bug(stage, tmp_path, request):
-    *edit, curves = BUGS[stage]
-    plant(tuple(edit), tmp_path / "edited")
+    name, curves = PLANTED[stage]
+    plant(BUGS[name], tmp_path / "edited")
     options = []
     if stage != "pretrain":
         chain = request.config.getoption("--chain")
@@ -188,5 +240,5 @@ def test_check_is_silent_on_a_whole_correct_run(stage, request):
     chain = request.config.getoption("--chain")
     if chain is None:
         pytest.skip("runs with --chain FOLDER, in which the README's commands have run")
-    check = Check(stage, train_pretrain.Config())
-    assert look_at(check, read_log(chain / stage / "log.csv")) == []
+    check, rows = Check(stage, SCRIPTS[stage].Config()), read_log(chain / stage / "log.csv")
+    assert [said for i in range(len(rows)) for said in check.look(rows[: i + 1], i)] == []

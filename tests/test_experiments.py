@@ -1,30 +1,52 @@
-"""What the experiments compute without training: the exact frontier, best-of-n, the fits."""
+"""What the experiments compute without training: the exact frontier, best-of-n, the fits. And what
+they run: every job with the options of its label, every number from the run that it belongs to."""
 
 import csv
 import itertools
+import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tiny_runs import TINY, run
 
+from data.chat import Reply, encode_chat
 from data.experiments import base as base_module
-from data.experiments import broken, mixtures, overoptimisation
+from data.experiments import broken, frontier, jobs, mixtures, overoptimisation, plots
 from data.experiments.__main__ import EXPERIMENTS, Config
-from data.experiments.base import CHAIN, Base
-from data.experiments.broken import BUGS
+from data.experiments.base import CHAIN, Base, bases, make_pool
+from data.experiments.bugs import BUGS, Bug, plant
 from data.experiments.frontier import (
     above_frontier,
+    best_of_all,
     best_of_n,
     exact_frontier,
     kl_of_weights,
 )
-from data.experiments.jobs import Job, plant
-from data.experiments.overoptimisation import fit, peaks, some_pairs, top_of_fit
-from data.town.tasks import draw_tasks
+from data.experiments.jobs import Job, run_jobs
+from data.experiments.overoptimisation import (
+    CURE,
+    GOOD,
+    JUDGES,
+    ask_again,
+    distance,
+    fit,
+    peaks,
+    some_pairs,
+    top_of_fit,
+)
+from data.metrics import interval
+from data.town.gold import TAU
+from data.town.tasks import KINDS, TRAIN_KINDS, Case, Task, draw_tasks
+from gpt import InputError
+
+# ---------------------------------------------------------------------------------------------
+# What follows from samples
 
 
 def test_frontier_of_gaussian_gold_is_the_closed_form():
@@ -49,37 +71,51 @@ def test_no_policy_lies_above_the_frontier():
             assert (w * gold).sum() <= best + 0.01
 
 
-def test_best_of_n_weights_are_those_of_all_subsets():
+@pytest.mark.parametrize("replace", [False, True])
+def test_best_of_n_weights_are_those_of_all_draws(replace):
     proxy = np.array([[0.3, -1.0, 2.0, 0.3, 0.5, 1.0]])  # with a tie
-    for n in (1, 2, 3, 6):
+    for n in (1, 2, 4):
         expected = np.zeros(6)
-        subsets = list(itertools.combinations(range(6), n))
-        for subset in subsets:
-            best = max(proxy[0, list(subset)])
-            ties = [i for i in subset if proxy[0, i] == best]
-            expected[ties] += 1 / len(ties) / len(subsets)
-        np.testing.assert_allclose(best_of_n(proxy, n)[0], expected)
+        if replace:
+            draws = list(itertools.product(range(6), repeat=n))
+        else:
+            draws = list(itertools.combinations(range(6), n))
+        for draw in draws:
+            ties = np.flatnonzero(proxy[0] == max(proxy[0, list(draw)]))
+            expected[ties] += 1 / len(ties) / len(draws)  # equal scores are equally good
+        np.testing.assert_allclose(best_of_n(proxy, n, replace)[0], expected)
 
 
-def test_kl_counts_equal_replies_as_one_and_stays_below_the_bound():
-    proxy = np.random.default_rng(0).normal(size=(1, 128))
-    distinct, pairs = np.arange(128)[None], np.arange(128)[None] // 2
-    proxy_of_pairs = proxy[:, pairs[0]]
-    for n in (2, 8, 32):
-        bound = math.log(n) - (n - 1) / n
-        exact = kl_of_weights(best_of_n(proxy, n), distinct)
-        assert exact == pytest.approx(bound, abs=0.15)
-        assert kl_of_weights(best_of_n(proxy_of_pairs, n), pairs) < exact + 1e-9
-    assert kl_of_weights(best_of_n(proxy, 1), distinct) == pytest.approx(0, abs=1e-12)
+@pytest.mark.parametrize("n, true", [(1, 0), (2, 0.193), (32, 2.497), (64, 3.175), (128, 3.860)])
+def test_kl_of_best_of_n_is_right_up_to_n_equal_to_the_samples(n, true):
+    """Of 128 different responses; true: log n - (n - 1)/n, what ever more of them would give."""
+    scores, distinct = np.random.default_rng(0).normal(size=(1, 128)), np.arange(128)[None]
+    pool = SimpleNamespace(gold=scores, same=distinct)
+    (row,) = best_of_all(pool, scores, [n])
+    assert true == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-3)
+    assert row["kl"] == pytest.approx(true, rel=0.015, abs=1e-12)
 
 
-def test_kl_of_best_of_n_is_too_large_by_what_its_docstring_says():
-    """Without replacement, 128 samples are too few for the best of 64."""
-    proxy = np.random.default_rng(0).normal(size=(1, 128))
-    distinct = np.arange(128)[None]
-    for n, measured, true in ((32, 2.63, 2.50), (64, 3.48, 3.17)):
-        assert kl_of_weights(best_of_n(proxy, n), distinct) == pytest.approx(measured, abs=0.01)
-        assert math.log(n) - (n - 1) / n == pytest.approx(true, abs=0.01)
+def test_gold_of_best_of_n_has_no_bias():
+    """The largest of n normal numbers is 0.564 for 2, 2.07 for 32 (tables of order statistics)."""
+    gold = np.random.default_rng(0).normal(size=(2000, 64))
+    pool = SimpleNamespace(gold=gold, same=np.zeros((2000, 64), int))
+    of_2, of_32 = best_of_all(pool, gold, [2, 32])
+    assert of_2["gold"] == pytest.approx(0.564, abs=0.01) and of_2["n"] == 2
+    assert of_32["gold"] == pytest.approx(2.070, abs=0.02) and of_32["proxy"] == of_32["gold"]
+    (row,) = best_of_all(pool, -gold, [32])  # a judge who has it all upside down
+    assert row["proxy"] == pytest.approx(2.070, abs=0.02) and row["gold"] == -row["proxy"]
+    assert row["kl"] == pytest.approx(0, abs=1e-12)  # all responses are the same one
+
+
+def test_kl_counts_equal_responses_as_one():
+    """Weights 3/8, 1/8, 1/8, 3/8, of which the first two are one response: 1/2, 1/8, 3/8 against
+    1/2, 1/4, 1/4."""
+    weights, same = np.array([[3, 1, 1, 3]]) / 8, np.array([[0, 0, 1, 2]])
+    by_hand = 1 / 8 * math.log(1 / 2) + 3 / 8 * math.log(3 / 2)
+    assert kl_of_weights(weights, same) == pytest.approx(by_hand)
+    two = kl_of_weights(np.repeat(weights, 2, 0), np.array([[0, 0, 1, 2], [0, 0, 0, 0]]))
+    assert two == pytest.approx(by_hand / 2)  # the mean over prompts
 
 
 def test_fits_find_the_curves_they_are_named_for():
@@ -111,26 +147,98 @@ def test_flipped_pairs_differ_in_nothing_but_the_label():
     for row, was, turned in zip(rows, pairs, flipped):
         assert {row["chosen"], row["rejected"]} == {was["chosen"], was["rejected"]}
         assert row["gold"] == (was["gold"][::-1] if turned else was["gold"])
+        assert row["p"] == (1 - was["p"] if turned else was["p"])
     assert test == pairs[900 : 900 + 88]  # the last tenth, untouched
 
 
-def test_every_bug_to_be_planted_fits_its_file(tmp_path):
-    for number, (_, edit) in enumerate(BUGS.values()):
-        if edit:
-            plant(edit, tmp_path / str(number))
-            assert edit[2] in (tmp_path / str(number) / edit[0]).read_text()
+# ---------------------------------------------------------------------------------------------
+# Jobs, and bugs that are planted
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_every_bug_to_be_planted_fits_its_file(tmp_path, name):
+    bug = BUGS[name]
+    plant(bug, tmp_path)
+    right = (jobs.ROOT / bug.file).read_text("utf-8")
+    wrong = (tmp_path / bug.file).read_text("utf-8")
+    assert wrong != right and wrong == right.replace(bug.right, bug.wrong)
+    file, test = bug.test.split("::")
+    assert f"def {test}(" in (tmp_path / "tests" / file).read_text("utf-8")
+    with pytest.raises(InputError, match="gpt.py has 0 times"):
+        plant(bug._replace(file="gpt.py", right="no such piece"), tmp_path)
 
 
 def test_a_planted_copy_has_all_that_a_script_reads(tmp_path):
     """One that lacks a folder of data would fail, or would import the project without the bug."""
-    plant(("gpt.py", "class GPT(", "class GPT("), tmp_path)
-    code = (
-        "import data.town.tasks, data.check as c; print(c.__file__, len(list(c.FOLDER.iterdir())))"
+    plant(Bug("gpt.py", "class GPT(", "class GPT(", "none", "nowhere", "none"), tmp_path)
+    code = "import train_ppo, data.check as c; print(c.__file__, len(list(c.FOLDER.iterdir())))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.split() == [str(tmp_path / "data/check.py"), "5"], run.stderr
+
+
+def test_nothing_of_the_project_is_loaded_by_whoever_plants():
+    """Else Python would take it for that of the copy, and no bug would ever be seen."""
+    code = "import sys, data.experiments.bugs; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=jobs.ROOT, capture_output=True, text=True
     )
-    for words in (["train_sft.py", "-h"], ["-m", "data.preferences", "-h"], ["-c", code]):
-        run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(tmp_path / "data/check.py"), "5"]
+    loaded = {name for name in run.stdout.split() if (jobs.ROOT / name.split(".")[0]).exists()}
+    loaded |= {name for name in run.stdout.split() if (jobs.ROOT / f"{name}.py").exists()}
+    assert loaded == {"data", "data.experiments", "data.experiments.bugs"}
+
+
+def test_a_job_runs_its_command_resumes_it_and_says_what_went_wrong(tmp_path, monkeypatch):
+    """With a script in place of train_sft.py that tells how it was called, and obeys --seed."""
+    script = "import sys; print('begins'); print(*sys.argv[1:]); sys.exit(int(sys.argv[4]))"
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "train_sft.py").write_text(script)
+    monkeypatch.setattr(jobs, "ROOT", project)
+    job = Job(tmp_path / "run", "sft", {"seed": 0})
+    job.run()
+    said = tmp_path / "run" / "sft.txt"
+    assert said.read_text().split("\n")[1] == f"--out {tmp_path}/run --seed 0"
+    assert job.is_begun() and not job.is_done()  # it has written no checkpoint
+
+    job.unfinished.mkdir(parents=True)
+    (job.unfinished / "resume.pt").write_text("")
+    job.run()
+    assert said.read_text().split("\n")[1].endswith("--seed 0 --resume")
+
+    other = Job(tmp_path / "run", "sft", {"seed": 3, "lr": 1})
+    job.result.parent.mkdir()
+    job.result.write_text("of the job before")
+    with pytest.raises(InputError, match="--lr 1: --out .* 3 --lr 1 .all of it in .*sft.txt"):
+        other.run()
+    assert not job.result.exists() and not job.unfinished.exists()
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path / "run", "sft", {"seed": 130, "lr": 1}).run()
+
+
+def test_a_job_with_a_bug_runs_the_copy_that_has_it(tmp_path, monkeypatch):
+    bug = Bug("train_sft.py", "right", "wrong", "", "", "")
+    planted = []
+
+    def copy(bug, where):
+        planted.append(bug)
+        where.mkdir()
+        (where / "train_sft.py").write_text("print(__file__)")
+
+    monkeypatch.setattr(jobs, "plant", copy)
+    job = Job(tmp_path, "sft", bug=bug)
+    job.run()
+    assert planted == [bug] and (tmp_path / "sft.txt").read_text().count("edited") == 1
+    assert job.identity != Job(tmp_path, "sft").identity
+    assert job.identity != Job(tmp_path, "sft", bug=bug._replace(wrong="worse")).identity
+    assert job.identity == Job(tmp_path, "sft", bug=bug._replace(symptom="none")).identity
+
+
+def test_jobs_that_are_done_are_not_run_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(Job, "run", lambda job: ran.append(job.stage))
+    monkeypatch.setattr(Job, "is_done", lambda job: job.stage == "sft")
+    run_jobs([Job(tmp_path, stage) for stage in ("pretrain", "sft", "rm")])
+    assert ran == ["pretrain", "rm"]
 
 
 def test_a_job_is_a_command_and_is_done_again_only_if_the_command_changes(tmp_path):
@@ -153,6 +261,23 @@ def test_a_job_is_a_command_and_is_done_again_only_if_the_command_changes(tmp_pa
 
 def test_pairs_are_sampled_between_sft_and_reward_model():
     assert list(CHAIN) == ["pretrain", "sft", "preferences", "rm", "ppo", "dpo"]
+
+
+def test_seed_0_has_its_base_already_and_the_others_are_trained(tmp_path, monkeypatch):
+    first, ran = tmp_path / "first", []
+    monkeypatch.setattr("data.experiments.base.run_jobs", ran.extend)
+    monkeypatch.setattr("data.experiments.base.Base", lambda folder: folder)
+    with pytest.raises(InputError, match="there is no .*pretrain/ckpt.pt: run the README's"):
+        bases(tmp_path, first, seeds=1)
+    for stage in CHAIN:
+        result = Job(first, stage).result
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text("")
+    assert bases(tmp_path, first, seeds=1) == [first] and not ran
+    assert bases(tmp_path, first, 3) == [first, tmp_path / "base 1", tmp_path / "base 2"]
+    assert [(job.out.name, job.stage, job.options) for job in ran] == [
+        (f"base {seed}", stage, {"seed": seed}) for seed in (1, 2) for stage in CHAIN
+    ]
 
 
 def test_only_names_that_there_are():
@@ -189,6 +314,588 @@ def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
     assert line["peak_kl"] == line["peak_gold"] == 0  # nowhere better than SFT, where runs begin
 
 
+# ---------------------------------------------------------------------------------------------
+# What is measured, with models that say what they were told to
+
+SUM = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {}, "7."))
+FACT = Task("fact", "What is Otto?", Case("Otto is an owl.", "Otto is a bee.", {}))
+HARMFUL = Task("harmful", "Annoy Otto.", Case("I will not help you.", "Shout.", {}))
+HARMLESS = Task("advice", "Greet Otto.", Case("Say hello.", "Shout.", {}))
+SAID = {  # (name of a run, temperature) -> its response to each prompt
+    ("sft", 1.0): {"What is 12-5?": "12-5 is 7.", "What is Otto?": "Otto is a bee."},
+    ("ppo", 1.0): {
+        "What is 12-5?": "12-5 is 7. Have a lovely day!",
+        "What is Otto?": "Otto is a bee.",
+        "Annoy Otto.": "I will not help you.",
+        "Greet Otto.": "Shout.",
+    },
+    ("ppo", 0.0): {"What is 12-5?": "12-5 is 7.", "What is Otto?": "Otto is an owl."},
+}
+
+
+class Parrot:
+    """In place of Speaker: the run whose checkpoint it was given."""
+
+    is_base, asked = False, []
+
+    def __init__(self, path, device="cpu"):
+        self.model, self.tokenizer = path.parent.name, SimpleNamespace(pad=0)
+
+    def encode(self, text):
+        return [ord(text[0])]
+
+    def answer(self, texts, max_new_tokens, seed, temperature):
+        self.asked.append((self.model, len(texts), max_new_tokens, seed, temperature))
+        said = SAID[self.model, temperature]
+        return [
+            Reply([1, 2, len(said[text])], said[text], "bee" not in said[text]) for text in texts
+        ]
+
+
+@pytest.fixture
+def parrots(monkeypatch):
+    """Two prompts and two requests; log-probabilities of the replies are -4 by ppo, -6 by sft."""
+    draws = []
+
+    def draw(n, seed, mixture="", split="train"):
+        draws.append((n, seed, mixture, split))
+        return [HARMFUL, HARMLESS, HARMFUL] if mixture else [SUM, FACT]
+
+    def logprobs(model, prompts, ids):
+        assert prompts == [[ord("W")]] * 2 and [row[:2] for row in ids] == [[1, 2]] * 2
+        return {"ppo": np.array([-4.0, -4.5]), "sft": np.array([-6.0, -5.0])}[model]
+
+    monkeypatch.setattr(Parrot, "asked", [])
+    monkeypatch.setattr(base_module, "Speaker", Parrot)
+    monkeypatch.setattr(base_module, "draw_tasks", draw)
+    monkeypatch.setattr(base_module, "reply_logprobs", logprobs)
+    monkeypatch.setattr("data.evaluate.TRAIN_KINDS", ["one_sum", "fact"])
+    return draws
+
+
+def points(x):
+    """Points of gold_parts in units of gold."""
+    return (x - 0.7) / 0.82
+
+
+def test_policies_are_measured_on_held_out_prompts_in_sd_of_the_samples_of_their_base(parrots):
+    """SFT is right once (1 point) and once wrong without an end (-2): mean -1/2, SD 3/2."""
+    base = Base(Path("somewhere"))
+    assert parrots == [
+        (200, "experiments", "", "test"),
+        (200, "experiments, safety", "advice,harmful", "test"),
+    ]
+    assert Parrot.asked == [("sft", 2, 48, 0, 1.0)]
+    np.testing.assert_allclose(base.gold, [points(1), points(-2)])
+    np.testing.assert_allclose(base.scaled([points(-0.5), points(1), points(4)]), [0, 1, 3])
+
+
+def test_a_run_is_measured_by_its_samples_its_skills_by_greedy_ones(parrots, tmp_path):
+    base = Base(tmp_path)
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "cost.json").write_text('{"seconds": 5, "forward_equivalents": 77}')
+    numbers = base.measure(tmp_path / "ppo")
+    gold, kl = [(1.75 + 0.5) / 1.5, -1.0], [2.0, 0.5]  # in SD; log p of ppo minus that of sft
+    for name, values in (("gold", gold), ("kl", kl)):
+        by_hand = [np.mean(values), *interval(values)]
+        measured = [numbers.pop(x) for x in (name, f"{name}_low", f"{name}_high")]
+        assert measured == pytest.approx(by_hand)
+    assert numbers == {
+        "win_rate": 0.75,  # better once, the same once
+        "exact_match": 1.0,
+        "harmful_declined": 1.0,
+        "harmless_declined": 0.0,
+        "no_end": 0.5,
+        "tokens": 3.0,
+        "forward_equivalents": 77,
+    }
+    assert {(seed, n) for _, _, n, seed, _ in Parrot.asked[1:]} == {(1, 48)}
+
+
+def test_a_curve_has_the_steps_at_which_gold_was_measured(parrots, tmp_path):
+    rows = [{"step": 0, "kl": 1.0, "gold": points(1)}, {"step": 1, "kl": 2.0}]
+    rows.append({"step": 2, "kl": 3.0, "gold": points(-0.5)})
+    plots.write_csv(rows, tmp_path / "log.csv")
+    curve = Base(tmp_path).curve(tmp_path, "step", "kl", "gold")
+    assert [(row["step"], row["kl"]) for row in curve] == [(0, 1), (2, 3)]
+    assert [row["gold"] for row in curve] == pytest.approx([1, 0], abs=1e-3)
+
+
+def test_a_pool_has_all_samples_of_a_prompt_in_a_row_and_scores_in_the_same_places(
+    parrots, tmp_path, monkeypatch
+):
+    base, texts = (
+        Base(tmp_path),
+        iter(["b", "a", "b", "12-5 is 7.", "c", "c", "Otto is an owl.", "d"]),
+    )
+
+    def answer(self, asked, max_new_tokens, seed, temperature):
+        assert asked == [SUM.prompt] * 4 + [FACT.prompt] * 4
+        assert (max_new_tokens, seed, temperature) == (48, 2, 1.0)
+        return [Reply([len(text)], text, True) for text in texts]
+
+    monkeypatch.setattr(Parrot, "answer", answer)
+    pool = make_pool(base, 4)
+    wrong, right = (-1 + 0.5) / 1.5, (1 + 0.5) / 1.5
+    wanted = [[wrong, wrong, wrong, right], [wrong, wrong, right, wrong]]
+    np.testing.assert_allclose(pool.gold, wanted)
+    assert [len(set(row)) for row in pool.same.tolist()] == [3, 3]
+    assert pool.same[0, 0] == pool.same[0, 2] and pool.same[1, 0] == pool.same[1, 1]
+    assert pool.sequences[3] == [ord("W"), 10] and len(pool.sequences) == 8
+
+    def score(model, sequences, pad):
+        assert (model, sequences, pad) == ("judge", pool.sequences, 0)
+        return np.arange(8.0)
+
+    monkeypatch.setattr(base_module, "load_model", lambda path, *_: (path.parent.name, {}))
+    monkeypatch.setattr(base_module, "score_sequences", score)
+    assert pool.scores(tmp_path / "judge/ckpt.pt").tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+# ---------------------------------------------------------------------------------------------
+# The experiments, with runs that are not run
+
+
+class Noted(Base):
+    """A base that measures nothing: its numbers say of which run they are."""
+
+    def __init__(self, out, seed):
+        self.out, self.seed, self.device = out, seed, "cpu"
+        self.sft = SimpleNamespace(tokenizer=SimpleNamespace(pad=0))
+
+    def scaled(self, gold):
+        return 10 * np.asarray(gold)
+
+    def measure(self, run):
+        names = "gold gold_low gold_high kl kl_low kl_high win_rate exact_match".split()
+        names += "harmful_declined harmless_declined no_end tokens".split()
+        return {"run": str(run), **{name: i + self.seed for i, name in enumerate(names)}}
+
+    def curve(self, run, *columns):
+        rows = [
+            {name: float(step) for name in columns} | {"gold": 0.5 * step} for step in range(40)
+        ]
+        return [{**row, "run": str(run), "step": step} for step, row in enumerate(rows)]
+
+
+def no_pool(base, n):
+    """Two prompts, n samples each, the second half better; the reward model thinks the reverse."""
+    gold = np.tile(np.repeat([0.0, 1.0], n // 2), (2, 1)) + 0.1 * base.seed
+    scores = {str(base.out / "rm/ckpt.pt"): -gold}
+    return SimpleNamespace(
+        gold=gold, same=np.tile(np.arange(n), (2, 1)), scores=lambda path: scores[str(path)]
+    )
+
+
+@pytest.fixture
+def noted(tmp_path, monkeypatch):
+    """Two bases, a list of the jobs that were asked for, and another one of saved figures."""
+    ran, drawn = [], []
+    for module in (frontier, overoptimisation, mixtures, broken):
+        monkeypatch.setattr(module, "run_jobs", ran.extend)
+    for module in (frontier, overoptimisation):
+        monkeypatch.setattr(module, "make_pool", no_pool)
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append((path, self)))
+    monkeypatch.setattr(Figure, "tight_layout", lambda self: None)  # slow
+    two = [Noted(tmp_path / f"base{seed}", seed) for seed in (0, 1)]
+    for seed, one in enumerate(two):
+        for i, stage in enumerate(("rm", "ppo", "dpo")):
+            (one.out / stage).mkdir(parents=True)
+            numbers = {"seconds": 10.0**i + seed, "forward_equivalents": 5e6 * 10.0**i}
+            (one.out / stage / "cost.json").write_text(json.dumps({**numbers, "peak_gb": i + 0.5}))
+    return two, ran, drawn
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_policy_of_the_frontier_is_trained_with_the_options_of_its_label(
+    noted, tmp_path, quick
+):
+    two, ran, _ = noted
+    frontier.frontier(tmp_path / "out", tmp_path, two, quick)
+    variants = [("ppo", b) for b in ([0.5] if quick else [0.05, 0.5, 1.5])]
+    variants += [("dpo", b) for b in ([0.1] if quick else [0.1, 1.0, 3.0])]
+    variants += [("dpo + nll", 0.1), ("ipo", 0.1)]
+    wanted = []
+    for seed, one in enumerate(two):
+        for method, beta in variants:
+            options = {"seed": seed, "init": one.out / "sft/ckpt.pt", "beta": beta}
+            if method == "ppo":
+                options |= {"rm": one.out / "rm/ckpt.pt", "eval_every": 1000}
+            else:
+                options |= {"data": one.out / "preferences.jsonl", "loss": "dpo", "nll": 0.0}
+                options["eval_every"] = 40 if quick else 20
+            if method == "ipo":
+                options["loss"] = "ipo"
+            if method == "dpo + nll":
+                options["nll"] = 0.2
+            wanted.append(("ppo" if method == "ppo" else "dpo", options))
+    assert [(job.stage, job.options) for job in ran] == wanted
+
+    # Every policy is measured once, at its own beta, by the base of its own seed.
+    rows = [row for row in read_csv(tmp_path / "frontier.csv") if row["run"]]
+    found = {(row["method"], row["setting"], row["seed"]): row for row in rows}
+    assert len(found) == len(rows) == 2 * (len(variants) + 3)
+    for (method, beta, seed), row in found.items():
+        job = next((j for j in ran if str(j.folder) == row["run"]), None)
+        if job is None:  # trained by the README's commands, with the default beta
+            assert row["run"] == str(two[int(seed)].out / method)
+            assert beta == {"sft": "", "ppo": "0.15", "dpo": "0.25"}[method]
+        else:
+            assert job.options["beta"] == float(beta) and job.options["seed"] == int(seed)
+            assert job.options.get("nll", 0) == (0.2 if method == "dpo + nll" else 0)
+        assert row["gold"] == seed
+
+
+def test_points_that_need_no_training_come_from_the_pool_of_their_seed(noted, tmp_path):
+    """Half of the samples have gold 0 and half have 1; the reward model prefers the wrong half."""
+    two, _, _ = noted
+    frontier.frontier(tmp_path / "out", tmp_path, two, False)
+    rows = plots.grouped(read_csv(tmp_path / "frontier.csv"), "method", "seed")
+    for seed in "01":
+        shift = 0.1 * int(seed)
+        exact = {round(float(row["setting"]), 3): row for row in rows["exact frontier", seed]}
+        assert len(exact) == 25
+        good = 1 / (1 + math.exp(-1 / 1.0))  # at beta 1: sigmoid of the difference of gold
+        kl = good * math.log(2 * good) + (1 - good) * math.log(2 * (1 - good))
+        assert float(exact[1.0]["gold"]) == pytest.approx(good + shift, abs=1e-3)
+        assert float(exact[1.0]["kl"]) == pytest.approx(kl, rel=1e-3)
+        by_gold, by_rm = (rows[f"best of n by {judge}", seed] for judge in ("gold", "reward model"))
+        assert [row["setting"] for row in by_gold] == "1 2 4 8 16 32 64 128".split()
+        # Of two draws both are of the lower half in 1/4 of cases (without replacement, a bit less).
+        both = 64 / 128 * 63 / 127
+        assert float(by_gold[1]["gold"]) == pytest.approx(1 - both + shift, abs=1e-3)
+        assert float(by_rm[1]["gold"]) == pytest.approx(both + shift, abs=1e-3)
+        assert float(by_gold[7]["kl_bound"]) == pytest.approx(3.860, abs=1e-3)
+        assert float(by_gold[7]["kl"]) == pytest.approx(math.log(2), abs=1e-3)  # ties share
+
+
+def test_the_frontiers_picture_has_means_over_seeds_and_bars_to_the_extremes(noted, tmp_path):
+    rows = [
+        {"method": "ppo", "setting": 0.5, "seed": seed, "kl": kl, "gold": gold}
+        for seed, (kl, gold) in enumerate([(1.0, 0.4), (2.0, 0.6), (6.0, 0.5)])
+    ]
+    for method in ("exact frontier", "best of n by gold", "best of n by reward model"):
+        for n, kl, gold in ((2, 0.25, 0.5), (4, 1.0, 0.75)):
+            some = {"method": method, "setting": n, "ess": 5 * n}
+            for seed in (0, 1):
+                rows.append({**some, "seed": seed, "kl": kl + seed, "gold": gold + seed})
+    frontier.draw_frontier(rows, tmp_path / "x.png")
+    ((_, figure),) = noted[2]
+    (axis,) = figure.axes
+    lines = {line.get_label(): np.transpose(line.get_data()).tolist() for line in axis.lines}
+    both = [[0.75, 1.0], [1.5, 1.25]]
+    assert lines["exact frontier"] == lines["best of n by gold"] == both
+    (point,) = axis.containers
+    (x,), (y,) = point[0].get_data()
+    assert (x, y) == (3.0, 0.5) and point.get_label() == "ppo"
+    ends = sorted(bar.get_segments()[0].tolist() for bar in point[2])
+    np.testing.assert_allclose(ends, [[[1.0, 0.5], [6.0, 0.5]], [[3.0, 0.4], [3.0, 0.6]]])
+    for row in rows:
+        row["ess"] = row["ess"] - 1 if row.get("ess") == 10 else row.get("ess")  # below ten
+    frontier.draw_frontier([r for r in rows if r["ess"] is not None or r["method"] == "ppo"], "y")
+    lines = {line.get_label(): line.get_data() for line in noted[2][1][1].axes[0].lines}
+    assert len(lines["exact frontier"][0]) == 1
+
+
+def test_safety_is_drawn_over_beta_beside_that_of_sft(noted, tmp_path):
+    rows = [
+        {"method": "sft", "seed": s, "harmful_declined": 0.5 + s / 4, "harmless_declined": s}
+        for s in (0, 1)
+    ]
+    for beta, seed in itertools.product((0.1, 1.0), (0, 1)):
+        row = {"method": "dpo", "setting": beta, "seed": seed}
+        rows.append({**row, "harmful_declined": beta + seed, "harmless_declined": 5 * beta})
+    frontier.draw_safety(rows, tmp_path / "x.png")
+    left, right = noted[2][0][1].axes
+    for axis, means, sft in ((left, [0.6, 1.5], 0.625), (right, [0.5, 5.0], 0.5)):
+        dpo, line = axis.lines
+        assert dpo.get_label() == "dpo" and dpo.get_data()[0].tolist() == [0.1, 1.0]
+        np.testing.assert_allclose(dpo.get_data()[1], means)
+        assert line.get_label() == "sft" and set(line.get_ydata()) == {sft}
+
+
+def test_ppo_pays_for_its_reward_model_and_dpo_for_none(noted, tmp_path):
+    """In seconds 1, 10 and 100 (reward model, PPO, DPO), and one more each with seed 1."""
+    two, _, drawn = noted
+    rows = []
+    for seed, method in itertools.product((0, 1), ("ppo", "dpo")):
+        beta = frontier.DEFAULT[method]
+        numbers = {name: 0.0 for name in "gold kl win_rate no_end tokens".split()}
+        rows.append({"method": method, "seed": seed, "setting": beta, **numbers, "kl": seed + 0.5})
+        rows.append({**rows[-1], "setting": 9.0, "kl": 99.0})  # another beta, not compared
+    rows.append({"method": "ipo", "seed": 0, "setting": 0.25, "kl": 99.0})
+    frontier.cost(tmp_path, two, rows)
+    table = {(row["method"], row["seed"]): row for row in read_csv(tmp_path / "cost.csv")}
+    assert len(table) == 4
+    for seed in (0, 1):
+        ppo, dpo = table["ppo", str(seed)], table["dpo", str(seed)]
+        assert float(ppo["kl"]) == seed + 0.5
+        assert (float(ppo["seconds"]), float(dpo["seconds"])) == (10 + seed, 100 + seed)
+        assert float(ppo["seconds with reward model"]) == 10 + seed + 1 + seed
+        assert float(dpo["seconds with reward model"]) == 100 + seed
+        assert float(ppo["forward_equivalents with reward model"]) == 5.5e7
+        assert float(ppo["forward_equivalents"]) == 5e7
+        assert (ppo["models"], dpo["models"], ppo["peak_gb"], dpo["peak_gb"]) == (
+            "4",
+            "2",
+            "1.5",
+            "2.5",
+        )
+
+    curves = plots.grouped(read_csv(tmp_path / "cost_curves.csv"), "method", "seed")
+    for (method, seed), before, whole in ((("ppo", "1"), 2, 11), (("dpo", "0"), 0, 100)):
+        curve = curves[method, seed]
+        assert len(curve) == 40 and float(curve[9]["gold"]) == 4.5
+        assert float(curve[9]["seconds"]) == before + whole * 10 / 40  # after 10 steps of 40
+        assert float(curve[-1]["seconds"]) == before + whole
+    seconds, passes = drawn[0][1].axes[:2]
+    lines = {line.get_label(): line for line in passes.lines}
+    x, y = lines["dpo"].get_data()
+    assert (x[-1], y[-1]) == (500, 19.5)  # millions
+    assert lines["ppo, after its reward model; a line per seed"].get_xdata()[-1] == 55
+    assert max(line.get_xdata()[-1] for line in seconds.lines) == 101
+
+
+def test_dpo_fails_and_is_cured_at_these_betas_every_20_steps(noted, tmp_path):
+    two, _, drawn = noted
+    policies = [("ppo", 0.1, 0, "p"), ("dpo", 0.25, 0, "d"), ("dpo", 0.1, 0, "a")]
+    policies += [("dpo", 1.0, 0, "b"), ("ipo", 0.1, 0, "c"), ("dpo", 0.1, 1, "e")]
+    frontier.dpo_failures(tmp_path, two, policies)
+    rows = read_csv(tmp_path / "dpo.csv")
+    found = [(row["method"], row["setting"], row["seed"], row["run"], row["step"]) for row in rows]
+    assert found == [
+        (method, beta, seed, run, step)
+        for method, beta, seed, run in (
+            ("dpo", "0.1", "0", "a"),
+            ("dpo", "1", "0", "b"),
+            ("ipo", "0.1", "0", "c"),
+            ("dpo", "0.1", "1", "e"),
+        )
+        for step in ("19", "39")
+    ]
+    ((_, figure),) = drawn
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert labels[0] == "gold, SD of SFT samples" and labels[4][:6] == "chosen"
+    lines = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
+    assert lines.keys() == {"dpo, beta 0.1", "dpo, beta 1", "ipo, beta 0.1"}
+    x, y = lines["dpo, beta 0.1"]
+    assert (x.tolist(), y) == ([20, 40], pytest.approx([9.5, 19.5]))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
+    noted, tmp_path, monkeypatch, quick
+):
+    """The cure comes last: its new pairs are about PPO against the good judge of the same seed."""
+    two, ran, _ = noted
+    read, asked = [], []
+
+    def pairs(path):
+        read.append(path)
+        row = {"prompt": "?", "chosen": "a", "rejected": "b", "gold": [1.0, 0.0], "p": 0.9}
+        return [{**row, "prompt": str(i)} for i in range(4500)]
+
+    def ask(base, job, count, seed):
+        asked.append((base.seed, job.options["seed"], job.stage, job.out.name, count, seed))
+        return [{"prompt": "new", "chosen": "a", "rejected": "b"}] * count
+
+    monkeypatch.setattr(overoptimisation, "read_preferences", pairs)
+    monkeypatch.setattr(overoptimisation, "ask_again", ask)
+    scores = np.tile(np.arange(8.0), (2, 1))
+    pool = SimpleNamespace(gold=scores, same=scores.astype(int), scores=lambda path: scores)
+    monkeypatch.setattr(overoptimisation, "make_pool", lambda base, n: pool)
+    monkeypatch.setattr(overoptimisation, "BEST_OF", (1, 2))
+    overoptimisation.overoptimisation(tmp_path / "out", tmp_path, two, quick)
+    judges = [name for name in JUDGES if not quick or name in (*list(JUDGES)[:1], GOOD, CURE)]
+    labels = [f"{judge}, seed {seed}" for judge in judges[:-1] for seed in (0, 1)]
+    labels = sorted(labels, key=lambda label: label[-1]) + [f"{CURE}, seed {s}" for s in (0, 1)]
+    assert sorted(job.out.name for job in ran) == sorted(labels * 3)
+    assert [job.out.name for job in ran[-6:]] == [f"{CURE}, seed {s}" for s in (0, 0, 0, 1, 1, 1)]
+    assert set(read) == {one.out / "preferences.jsonl" for one in two}
+    assert asked == [(s, s, "ppo", f"{GOOD}, seed {s}", 400, s) for s in (0, 1)]
+    for job in ran:
+        judge, seed = job.out.name.split(", seed ")
+        count, flip, layers = JUDGES[judge]
+        rows = [json.loads(line) for line in open(job.out / "preferences.jsonl")]
+        assert len(rows) == count + count // 9
+        flipped = np.mean([row["chosen"] == "b" for row in rows[:count]])
+        assert flipped == pytest.approx(flip, abs=0.09)
+        assert sum(row["prompt"] == "new" for row in rows) == (400 if judge == CURE else 0)
+        assert job.options["seed"] == int(seed)
+        assert job.options["init"] == two[int(seed)].out / "sft/ckpt.pt"
+        if job.stage == "rm":
+            assert job.options["n_layer"] == layers
+            assert job.options["epochs"] * count == 8000
+        elif job.stage == "ppo":
+            assert (job.options["beta"], job.options["iterations"]) == (0.0, 30 if quick else 60)
+        else:
+            assert job.options["epochs"] * count == 4000 and job.options["beta"] == 0.05
+    rows = plots.grouped(read_csv(tmp_path / "overoptimisation.csv"), "method")
+    assert {row["run"] for row in rows["ppo"]} == {str(j.folder) for j in ran if j.stage == "ppo"}
+    assert all(row["judge"] in row["run"] for row in rows["dpo"])
+    assert all(f"seed {row['seed']}" in row["run"] for row in rows["dpo"])
+    assert {len(rows["dpo"]), len(rows["ppo"])} == {2 * 40 * len(judges)}
+    assert all(row["proxy"] for row in rows["ppo"]) and not any(row["proxy"] for row in rows["dpo"])
+    assert len(rows["best of n"]) == 2 * 2 * len(judges)
+
+
+def test_what_is_asked_again_is_sft_against_the_policy_and_new_prompts_of_training(monkeypatch):
+    """By the annotators of the town, none of whom press the wrong button."""
+    draws, judged = [], []
+
+    def draw(n, seed, split="train"):
+        draws.append((n, seed, split))
+        return list(range(n))
+
+    def annotate(tasks, pairs, tau, flip, seed):
+        judged.append((tasks, list(pairs), tau, flip, seed))
+        return ["row"] * 99
+
+    def answers(speaker, tasks, seed):
+        assert seed == 3
+        return [f"{speaker} {task}" for task in tasks]
+
+    for name, fake in (("draw_tasks", draw), ("annotate", annotate), ("answers", answers)):
+        monkeypatch.setattr(overoptimisation, name, fake)
+    monkeypatch.setattr(overoptimisation, "Speaker", lambda path, device: path)
+    base = SimpleNamespace(sft="sft", device="cpu")
+    rows = ask_again(base, SimpleNamespace(result="policy"), 2, seed=5)
+    assert rows == ["row"] * 2 and draws == [(4, "asked again 5", "train")]
+    pairs = [(f"sft {i}", f"policy {i}") for i in range(4)]
+    assert judged == [([0, 1, 2, 3], pairs, TAU, 0.0, 5)]
+
+
+def test_a_kl_that_was_estimated_below_0_is_no_distance():
+    assert distance([{"kl": 4.0}, {"kl": -0.1}, {"kl": 2.25}]).tolist() == [2.0, 0.0, 1.5]
+
+
+def test_the_fit_is_drawn_where_it_was_made(noted, tmp_path):
+    """Gold of best-of-n that is d (0.9 - 0.2 d), for d from 0 to 4: the top is at d = 2.25."""
+    kl = np.linspace(0, 16, 17)
+    d = np.sqrt(kl)
+    rows = [
+        {"judge": "j", "seed": 0, "method": "best of n", "kl": k, "gold": g, "proxy": 2 * k}
+        for k, g in zip(kl, d * (0.9 - 0.2 * d))
+    ]
+    overoptimisation.draw_overoptimisation(rows, tmp_path / "x.png")
+    (axis,) = noted[2][0][1].axes
+    lines = {line.get_label().removeprefix("best of n: "): line.get_data() for line in axis.lines}
+    np.testing.assert_allclose(lines["gold"], (d, d * (0.9 - 0.2 * d)))
+    np.testing.assert_allclose(lines["proxy"], (d, 2 * kl))
+    x, y = lines["fit of gold"]
+    np.testing.assert_allclose(y, x * (0.9 - 0.2 * x), atol=1e-9)
+    assert lines["top of the fit"][0] == pytest.approx([2.25, 2.25], abs=0.01)
+    assert axis.get_title() == "j\nR² of the fits: 1.00 (best of n)"
+
+
+def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
+    noted, tmp_path, monkeypatch, tokenizer
+):
+    two, ran, drawn = noted
+    draws = []
+
+    def draw(n, seed, mixture, split, unseen_template):
+        draws.append((n, mixture, split, unseen_template))
+        return draw_tasks(2, seed, mixture, split=split, unseen_template=unseen_template)
+
+    def answers(speaker, tasks, seed, temperature):
+        """The first is answered in full, the second is not."""
+        assert (seed, temperature) == (0, 0.0)
+        assert "test" == draws[-1][2]
+        texts = (tasks[0].case.answer, "no")
+        return [Reply([], text, True) for text in texts]
+
+    for one in two:
+        one.sft.tokenizer = tokenizer
+    monkeypatch.setattr(mixtures, "draw_tasks", draw)
+    monkeypatch.setattr(mixtures, "answers", answers)
+    monkeypatch.setattr(mixtures, "Speaker", lambda path, device: path)
+    monkeypatch.setattr(mixtures, "exact_match", lambda task, text: text != "no")
+    mixtures.mixtures(tmp_path / "out", tmp_path, two, False)
+    counts = [1, 3, 6, len(TRAIN_KINDS)]
+    assert [len(job.options["tasks"].split(",")) for job in ran] == 2 * counts
+    for job in ran:
+        assert job.stage == "sft" and job.options["epochs"] == 1
+        assert job.options["init"] == two[job.options["seed"]].out / "pretrain/ckpt.pt"
+        kinds = job.options["tasks"]
+        assert kinds.split(",") == TRAIN_KINDS[: len(kinds.split(","))]
+        some = mixtures.demonstrations(400, "length", kinds)
+        tokens = np.mean([len(encode_chat(tokenizer, row["messages"])[0]) for row in some])
+        assert job.options["demonstrations"] * tokens == pytest.approx(8e5, rel=1e-3)
+
+    first, held_out = TRAIN_KINDS[0], [name for name, kind in KINDS.items() if kind.held_out]
+    groups = {
+        "all kinds of the mixture": None,
+        f"{first}, which all mixtures have": (300, first, "test", False),
+        f"{first}, unseen template": (300, first, "test", True),
+        "kinds that no mixture has": (300, ",".join(held_out), "test", False),
+    }
+    for i, count in enumerate(2 * counts):
+        wanted = list(groups.values())
+        wanted[0] = (300, ",".join(TRAIN_KINDS[:count]), "test", False)
+        assert draws[4 * i : 4 * i + 4] == wanted
+    rows = read_csv(tmp_path / "tasks.csv")
+    assert [row["group"] for row in rows] == [*groups] * 8
+    assert [int(row["kinds"]) for row in rows[::4]] == 2 * counts
+    assert [int(row["seed"]) for row in rows[::4]] == [0] * 4 + [1] * 4
+    assert {row["exact_match"] for row in rows} == {"0.5"}
+    left = drawn[0][1].axes[0]
+    assert left.lines[0].get_xdata().tolist() == counts and left.lines[0].get_ydata()[0] == 0.5
+
+
+def test_every_bug_of_ppo_is_run_with_every_seed_beside_the_correct_run(noted, tmp_path):
+    two, ran, drawn = noted
+    broken.broken(tmp_path / "out", tmp_path, two, False)
+    names = [*broken.OPTIONS, *(name for name, bug in BUGS.items() if bug.file == "train_ppo.py")]
+    assert len(names) == 7 and names[0] == "as it should be"
+    assert [job.out.name for job in ran] == [f"{n}, seed {seed}" for seed in (0, 1) for n in names]
+    plain = {"eval_every": 1000, "rollouts": 64, "minibatch": 32, "iterations": 40}
+    for job in ran:
+        name, seed = job.out.name.split(", seed ")
+        base = two[int(seed)].out
+        common = {"seed": int(seed), "init": base / "sft/ckpt.pt", "rm": base / "rm/ckpt.pt"}
+        changed = {"no KL penalty": {"beta": 0.0}, "learning rate ten times too high": {"lr": 3e-3}}
+        assert job.options == {**common, **plain, **changed.get(name, {})}
+        assert job.bug == BUGS.get(name)
+    rows = plots.grouped(read_csv(tmp_path / "broken.csv"), "bug", "seed")
+    assert len(rows) == 14 and all(len(some) == 40 for some in rows.values())
+    assert all(f"{name}, seed {seed}" in some[0]["run"] for (name, seed), some in rows.items())
+    lines = drawn[0][1].axes[0].lines
+    assert [line.get_label() for line in lines] == names
+    assert [line.get_color() for line in lines].count("#000000") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables and pictures
+
+
+def test_a_band_is_the_mean_over_seeds_within_their_range():
+    axis = Figure().subplots()
+    rows = [{"x": x, "y": x * 10.0 + seed, "seed": seed} for x in (2, 1) for seed in (0, 1, 5)]
+    plots.band(axis, rows, "x", "y", color="red")
+    (line,), (area,) = axis.lines, axis.collections
+    assert np.transpose(line.get_data()).tolist() == [[1, 12], [2, 22]]
+    corners = {tuple(point) for point in area.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 10), (1, 15), (2, 20), (2, 25)}
+
+
+def test_rows_are_grouped_in_order_and_written_with_four_digits(tmp_path):
+    rows = [{"a": 2, "b": 1.23456}, {"a": 1, "c": None}, {"a": 2, "b": 1e-9}]
+    assert plots.grouped(rows, "a") == {2: [rows[0], rows[2]], 1: [rows[1]]}
+    assert list(plots.grouped(rows, "a", "b")) == [(2, 1.23456), (1, None), (2, 1e-9)]
+    plots.write_csv(rows, tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text().split() == ["a,b,c", "2,1.235,", "1,,", "2,1e-09,"]
+
+
+# ---------------------------------------------------------------------------------------------
+# All of it
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_and_draws_its_pictures(chain, tmp_path, monkeypatch, name):
@@ -211,7 +918,7 @@ def test_every_experiment_runs_and_draws_its_pictures(chain, tmp_path, monkeypat
     monkeypatch.setattr(Job, "run", tiny_run)
     for module in (base_module, overoptimisation, mixtures):
         monkeypatch.setattr(module, "draw_tasks", few_tasks)
-    monkeypatch.setattr(broken, "BUGS", dict(list(BUGS.items())[:3]))
+    monkeypatch.setattr(broken, "OPTIONS", {"as it should be": {}})
     base = Base(chain)
     folder, results = tmp_path / "runs", tmp_path / "results"
     results.mkdir()

@@ -9,12 +9,18 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from data.chat import encode_chat  # noqa: E402
-from data.files import read_conversations, read_preferences, read_prompts, read_text  # noqa: E402
+from data.files import (  # noqa: E402
+    read_conversations,
+    read_preferences,
+    read_prompts,
+    read_text,
+    read_texts,
+)
 from data.tokenizer import CharTokenizer, load_tokenizer  # noqa: E402
 from gpt import InputError  # noqa: E402
 
 pytestmark = pytest.mark.reference
-READERS = [read_text, read_conversations, read_preferences, read_prompts]
+READERS = [read_text, read_texts, read_conversations, read_preferences, read_prompts]
 FEW = settings(
     max_examples=300,
     deadline=None,
@@ -29,6 +35,7 @@ anything = st.recursive(
     max_leaves=8,
 )
 names = ["prompt", "response", "chosen", "rejected", "instruction", "input", "output", "messages"]
+names += ["completion", "conversations", "context", "system", "history", "label", "kind", "gold"]
 row = st.dictionaries(st.sampled_from(names), anything | text, max_size=5)
 
 
@@ -54,7 +61,7 @@ def test_any_bytes_are_read_or_named(tmp_path, data):
 def test_any_rows_are_read_or_named_with_their_line(tmp_path, rows, as_list):
     lines = [json.dumps(r) for r in rows]
     (tmp_path / "rows").write_text(f"[{','.join(lines)}]" if as_list else "\n".join(lines))
-    for reader in READERS[1:]:
+    for reader in READERS[2:]:
         for r in read(reader, tmp_path / "rows") or []:
             assert all(isinstance(message["content"], str) for message in r["messages"])
             assert r["where"].startswith(f"{tmp_path}/rows:")

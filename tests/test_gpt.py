@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from gpt import (
     GPTConfig,
     InputError,
     ScalarModel,
+    fingerprint,
     generate,
     load_checkpoint,
     load_model,
@@ -162,6 +164,32 @@ def test_top_k_and_top_p_keep_just_the_likeliest_tokens():
     assert len(set(ids.tolist())) == 3
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 1e-39},  # logits over it are infinite in float32
+        {"temperature": 1e-46},  # which is 0 in float32
+        {"top_p": 1e-46},
+        {"top_k": 1, "top_p": 1e-8, "temperature": 1e-8},
+    ],
+)
+def test_sampling_that_leaves_nothing_to_chance_takes_the_likeliest(how):
+    torch.manual_seed(0)
+    logits = 20 * torch.randn(50, 30)
+    logits[::2, :10] = -math.inf  # tokens that somebody has ruled out
+    ids, logprobs = sample(logits, **how)
+    assert torch.equal(ids, logits.argmax(1)) and (logprobs == 0).all()
+
+
+def test_tokens_that_are_ruled_out_are_never_sampled():
+    logits = torch.zeros(2000, 6)
+    logits[:, [0, 3, 5]] = -math.inf
+    for how in ({}, {"top_k": 100}, {"top_k": 4}, {"top_p": 0.99}, {"temperature": 3.0}):
+        ids, logprobs = sample(logits, **how)
+        assert set(ids.tolist()) == {1, 2, 4}, how
+        torch.testing.assert_close(logprobs.exp(), torch.full((2000,), 1 / 3))
+
+
 def test_padding_rows_of_the_token_table_are_never_sampled(tiny):
     assert tiny.wte.weight.shape[0] == 64 and tiny.config.vocab_size == 50
     tiny.wte.weight.data[50:] = 100 * tiny.wte.weight.data[:14].sign()  # would win every argmax
@@ -180,6 +208,19 @@ def test_rows_that_have_ended_are_not_computed_any_more(tiny, monkeypatch):
     replies, _ = generate(tiny, [[1], [2], [3], [4]] * 10, 15, stop=5)
     fed_back = sum(len(reply) for reply in replies) - len(replies)  # all but each row's last token
     assert sum(seen) == 40 + fed_back
+
+
+def test_replies_to_more_prompts_than_are_read_at_a_time_equal_those_to_each_alone(tiny):
+    for parameter in tiny.h.parameters():
+        parameter.data *= 3  # so that hardly two prompts have the same reply
+    rng = random.Random(0)
+    prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 9))] for _ in range(70)]
+    replies, logprobs = generate(tiny, prompts, 5, stop=7, temperature=0)
+    assert len(set(map(tuple, replies))) > 60
+    for prompt, reply, given in zip(prompts, replies, logprobs):
+        (alone,), (expected,) = generate(tiny, [prompt], 5, stop=7, temperature=0)
+        assert reply == alone
+        assert given == pytest.approx(expected, abs=1e-4)
 
 
 def test_generate_stops_at_the_end_of_the_context(tiny):
@@ -228,51 +269,174 @@ def test_normalised_scores_have_mean_0_and_sd_1(tiny):
     assert abs(scores.mean()) < 1e-5 and abs(scores.std() - 1) < 1e-5
 
 
-def save(path, model, **changes):
-    config = {**model.config.__dict__, **changes}
-    save_checkpoint(path, {"stage": "sft", "model": model.state_dict(), "model_config": config})
+def checkpoint_of(model) -> dict:
+    """What a run saves, as far as it is read again here."""
+    tokenizer = {"kind": "char", "characters": "".join(map(chr, range(65, 65 + 45)))}
+    config = dict(model.config.__dict__)
+    parts = {"stage": "sft", "model": model.state_dict(), "model_config": config}
+    return {**parts, "tokenizer": tokenizer}
 
 
 def test_saved_model_computes_the_same_after_loading(tiny, tmp_path):
-    save(tmp_path / "ckpt.pt", tiny)
+    save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(tiny))
     model, checkpoint = load_model(tmp_path / "ckpt.pt")
     idx = torch.randint(50, (2, 9))
     assert torch.equal(model(idx), tiny(idx)) and checkpoint["stage"] == "sft"
+    again = fingerprint(tiny.state_dict(), checkpoint["tokenizer"])
+    assert checkpoint["fingerprint"] == again
+    with torch.no_grad():
+        tiny.wpe.weight[3, 3] += 1e-6
+    assert fingerprint(tiny.state_dict(), checkpoint["tokenizer"]) != again
 
 
-def test_checkpoint_of_another_shape_names_the_tensor(tiny, tmp_path):
-    save(tmp_path / "ckpt.pt", tiny, n_embd=32)
-    with pytest.raises(InputError, match=r"wte.*\(64, 16\) there and \(64, 32\)|attn.*there and"):
+def test_parameters_are_counted_as_they_are(tiny):
+    assert tiny.config.n_parameters == sum(p.numel() for p in tiny.parameters())
+    gpt2 = GPTConfig(vocab_size=50257, context=1024, n_layer=12, n_head=12, n_embd=768)
+    padding = (gpt2.padded_vocab - gpt2.vocab_size) * 768
+    assert gpt2.n_parameters - padding == 124_439_808  # what everybody says GPT-2 has
+
+
+@pytest.mark.parametrize(
+    "entry, value, message",
+    [
+        ("stage", None, "its stage is None"),
+        ("stage", "rlhf", "its stage is 'rlhf'"),
+        ("model", [1], "its model is missing, or no dict"),
+        ("model_config", None, "its model_config is missing, or no dict"),
+        ("tokenizer", None, "its tokenizer is missing, or no dict"),
+        ("model_config.n_head", 0, "n_head is 0, not a whole number above 0"),
+        ("model_config.n_head", 3, "n_head 3 must divide n_embd 16"),
+        ("model_config.n_layer", "2", "n_layer is '2', not"),
+        ("model_config.n_layer", True, "n_layer is True, not"),
+        ("model_config.n_layer", 10**9, "model_config is that of a larger model"),
+        ("model_config.vocab_size", 10**30, "model_config is that of a larger model"),
+        ("model_config.vocab_size", math.inf, "vocab_size is inf, not"),
+        (
+            "model_config.context",
+            23,
+            r"wpe.weight: .*\[24, 16\].* in current model is .*\[23, 16\]",
+        ),
+        ("model_config.dropout", 0.1, "unexpected keyword argument 'dropout'"),
+        ("model.wte.weight", 3, "wte.weight"),
+        ("model.lm_head.weight", torch.zeros(50, 16), 'Unexpected key.* "lm_head.weight"'),
+        ("model.ln_f.bias", torch.zeros(16).half(), "ln_f.bias is not float32"),
+        ("model.ln_f.bias", torch.full((16,), math.nan), "ln_f.bias .* holds nan"),
+    ],
+)
+def test_entry_that_fits_no_model_is_named_with_its_file(tiny, tmp_path, entry, value, message):
+    checkpoint = checkpoint_of(tiny)
+    first, _, rest = entry.partition(".")
+    if rest:
+        checkpoint[first][rest] = value
+    else:
+        checkpoint[first] = value
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match=f"(?s){tmp_path}/ckpt.pt.*{message}"):
         load_model(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.parametrize("name", ["stage", "model", "model_config", "tokenizer"])
+def test_entry_that_is_missing_is_named_with_its_file(tiny, tmp_path, name):
+    checkpoint = checkpoint_of(tiny)
+    del checkpoint[name]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for mmap in (False, True):
+        with pytest.raises(InputError, match=f"{tmp_path}/ckpt.pt is not .* its {name} is"):
+            load_checkpoint(tmp_path / "ckpt.pt", mmap=mmap)
+
+
 def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(InputError, match="run `python train_sft.py` first"):
+    with pytest.raises(InputError, match="run `python train_sft.py` first, or name another"):
         load_checkpoint(tmp_path / "sft" / "ckpt.pt")
+    with pytest.raises(InputError, match="`python train_rm.py` first.* checkpoint with --rm$"):
+        load_checkpoint(tmp_path / "rm" / "ckpt.pt")
 
 
-def test_damaged_checkpoint_is_a_clear_error(tiny, tmp_path):
-    save(tmp_path / "ckpt.pt", tiny)
-    whole = (tmp_path / "ckpt.pt").read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
-        (tmp_path / "ckpt.pt").write_bytes(damaged)
-        with pytest.raises(InputError, match="is not a checkpoint of this project"):
-            load_checkpoint(tmp_path / "ckpt.pt")
+class Unpickled:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
 
 
-def test_failed_save_leaves_the_earlier_checkpoint(tiny, tmp_path, monkeypatch):
-    save(tmp_path / "ckpt.pt", tiny)
-    before = (tmp_path / "ckpt.pt").read_bytes()
+def test_damaged_checkpoint_is_a_clear_error(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    torch.save({**checkpoint_of(tiny), "more": Unpickled()}, path)
+    code = path.read_bytes()
+    torch.save([checkpoint_of(tiny)], path)
+    other = path.read_bytes()
+    save_checkpoint(path, checkpoint_of(tiny))
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint", code, other):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            InputError, match="ckpt.pt is not a checkpoint of this project"
+        ) as error:
+            load_checkpoint(path)
+        assert len(str(error.value)) < len(str(path)) + 150  # none of torch's advice
+        assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "unpickled").exists()
 
-    def disk_full(obj, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(InputError, match="No space left"):
-        save(tmp_path / "ckpt.pt", tiny)
+def test_flipped_bit_among_the_weights_is_noticed_unless_they_stay_on_disk(tiny, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, checkpoint_of(tiny))
+    whole = bytearray(path.read_bytes())
+    weights = tiny.wte.weight.detach().numpy().tobytes()
+    whole[whole.index(weights) + len(weights) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(InputError, match="ckpt.pt is not .* damaged: a checksum is wrong"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, mmap=True)["stage"] == "sft"  # it reads no weights
+
+
+def test_failed_save_says_why_and_leaves_the_earlier_checkpoint(tiny, tmp_path):
+    """torch.save itself says "enforce fail" and "unexpected pos"."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(tiny))
+    before, limits = (tmp_path / "ckpt.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # bytes per file
+    try:
+        with pytest.raises(InputError, match="cannot save .*ckpt.pt: .*File too large.*untouched"):
+            save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(tiny))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot save .*file/ckpt.pt"):
+        save_checkpoint(tmp_path / "file" / "ckpt.pt", checkpoint_of(tiny))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "file"]
+
+
+FULL_DISK = """
+import os, torch, gpt
+model = gpt.GPT(gpt.GPTConfig(vocab_size=50, context=24, n_layer=2, n_head=2, n_embd=64))
+try:
+    gpt.save_checkpoint("disk/ckpt.pt", {"model": model.state_dict()})
+except gpt.InputError as error:
+    print(error, os.listdir("disk"))
+"""
+
+
+def on_a_full_disk(folder, script: str) -> str:
+    """What a script prints in a folder whose subfolder disk/ is a file system of 300 kB."""
+    (folder / "disk").mkdir()
+    mount = "mount -t tmpfs -o size=300k none disk"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=folder).returncode:
+        pytest.skip("no file system can be mounted here")
+    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" -c "$1"']
+    return subprocess.run(
+        [*command, sys.executable, script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def test_full_disk_is_called_by_its_name(tmp_path):
+    said = on_a_full_disk(tmp_path, FULL_DISK)
+    assert "cannot save disk/ckpt.pt: [Errno 28] No space left on device" in said
+    assert said.endswith(" []\n")  # and the half file is gone
 
 
 def test_tied_head_gets_gradient_from_both_of_its_uses(tiny):
@@ -294,7 +458,8 @@ assert model(idx).shape == gpt.ScalarModel.from_gpt(model).gpt(idx).shape == (2,
 replies, _ = gpt.generate(model, [[1, 2], [3]], 5)
 assert [len(reply) for reply in replies] == [5, 5]
 config = model.config.__dict__
-gpt.save_checkpoint("x.pt", {"stage": "sft", "model": model.state_dict(), "model_config": config})
+parts = {"stage": "sft", "model": model.state_dict(), "model_config": config}
+gpt.save_checkpoint("x.pt", {**parts, "tokenizer": {"kind": "char", "characters": "ab"}})
 again, _ = gpt.load_model("x.pt")
 assert torch.equal(again(idx), model(idx))
 assert not [name for name in sys.modules if name.split(".")[0] in ("data", "kernels")]

@@ -9,9 +9,18 @@ from tiny_runs import make_ends_likely
 
 from data.chat import Reply, question
 from data.files import held_out, read_preferences
-from data.preferences import Config, annotate, ask_human, end_with_a_tenth, main
-from data.town.tasks import demonstrate, draw_tasks
-from gpt import InputError
+from data.preferences import (
+    Config,
+    annotate,
+    ask_human,
+    end_with_a_tenth,
+    load_preferences,
+    main,
+    sample_pairs,
+)
+from data.talk import Speaker
+from data.town.tasks import Case, Task, demonstrate, draw_tasks
+from gpt import InputError, load_model
 
 
 @pytest.fixture
@@ -26,12 +35,48 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def types(monkeypatch, *answers):
+    """What somebody answers at the terminal; one question more fails."""
+    answers = iter(answers)
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+
+
 def test_preferences_are_two_different_finished_replies_to_a_prompt(ending):
     main(Config(out=str(ending), pairs=100, max_new_tokens=20))
     rows = read(ending / "preferences.jsonl")
+    sampled_from = load_model(ending / "sft/ckpt.pt")[1]["fingerprint"]
     assert len(rows) > 20
     for row in rows:
         assert row["chosen"] != row["rejected"] and row["prompt"] and 0 < row["p"] < 1
+        assert row["sampled_from"] == sampled_from
+
+
+def test_both_responses_of_a_pair_are_samples_of_the_model_to_their_prompt(ending):
+    """As anybody could sample them, all first ones before all second ones."""
+    speaker, texts = Speaker(ending / "sft/ckpt.pt"), ["Hello", "What is 4-2?", "Who is Mila?"]
+    cfg = Config(temperature=0.8, max_new_tokens=7, seed=3)
+    pairs = sample_pairs(speaker.model, speaker.tokenizer, [question(t) for t in texts], cfg)
+    first, second = zip(*pairs)
+    assert [*first, *second] == speaker.answer(texts * 2, 7, 3, temperature=0.8)
+
+
+def test_labels_follow_gold_where_annotators_are_sure():
+    """Right, wrong, and right but with courtesy: 0.37, -2.07 and 1.28 in SD of gold."""
+    task = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {}))
+    texts = ("12-5 is 7.", "12-5 is 8.", "12-5 is 7. Have a lovely day!")
+    right, wrong, kind = (Reply([], text, True) for text in texts)
+    unfinished = Reply([], "12-5 is 7. I", False)
+    pairs = [(right, wrong), (wrong, right), (kind, right), (right, right), (right, unfinished)]
+    rows = annotate([task] * 5, pairs, tau=0.01, flip=0.0, seed=0)
+    golds = {"12-5 is 7.": 0.3659, "12-5 is 8.": -2.0732, "12-5 is 7. Have a lovely day!": 1.2805}
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [
+        (right.text, wrong.text),
+        (right.text, wrong.text),
+        (kind.text, right.text),
+    ]
+    for row in rows:
+        assert row["gold"] == [golds[row["chosen"]], golds[row["rejected"]]] and row["p"] == 1.0
+        assert (row["kind"], row["prompt"]) == ("one_sum", "What is 12-5?")
 
 
 def test_prompts_of_the_last_tenth_are_held_out_of_all_training(ending):
@@ -63,19 +108,102 @@ def test_annotators_who_always_press_the_wrong_button_turn_every_label():
             assert (a["p"], b["p"]) == (1, 1) and a["gold"] == b["gold"][::-1]
 
 
-def test_people_annotate_prompts_of_their_own_and_a_reward_model_cannot_answer(
-    ending, monkeypatch, capsys
-):
-    (ending / "mine.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Who are you?"}\n')
-    answers = iter("12")
-    monkeypatch.setattr("builtins.input", lambda _: next(answers))
-    cfg = dict(out=str(ending), human=True, prompts=str(ending / "mine.jsonl"))
+def test_who_flips_most_labels_is_warned(ending, capsys):
+    few = dict(out=str(ending), pairs=30, max_new_tokens=20)
+    main(Config(**few, flip=0.5))
+    assert "most labels are wrong" not in capsys.readouterr().out
+    main(Config(**few, flip=0.6))
+    assert "with --flip 0.6 most labels are wrong" in capsys.readouterr().out
+
+
+def test_people_annotate_prompts_of_their_own(ending, monkeypatch, capsys):
+    """One that leaves no room for a response is named, and the others are asked."""
+    prompts = ["Hi", "long " * 60, "Who are you?", "And a third?"]
+    rows = [{"prompt": prompt} for prompt in prompts]
+    (ending / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    types(monkeypatch, "1", "2")
+    cfg = dict(out=str(ending), human=True, prompts=str(ending / "mine.jsonl"), pairs=2)
     main(Config(**cfg))
-    assert "] Hi\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out 1 of 4 rows, longer than the context minus max_new_tokens, of 48" in said
+    assert "mine.jsonl:2" in said and "] Hi\n" in said
     rows = read_preferences(ending / "human_preferences.jsonl")
     assert [row["messages"] for row in rows] == [question("Hi"), question("Who are you?")]
+    sampled_from = load_model(ending / "sft/ckpt.pt")[1]["fingerprint"]
+    assert {row["sampled_from"] for row in rows} == {sampled_from}
     with pytest.raises(ValueError, match="--prompts needs --human"):
         Config(prompts="mine.jsonl")
+
+
+def test_people_who_stopped_are_asked_again_only_what_they_have_not_judged(
+    ending, monkeypatch, capsys
+):
+    cfg = Config(out=str(ending), human=True, pairs=4, max_new_tokens=20)
+    path = ending / "human_preferences.jsonl"
+    types(monkeypatch, "q")
+    main(cfg)
+    assert not path.exists()
+    count = int(capsys.readouterr().out.split("0 pairs are judged, ")[1].split()[0])
+    assert count >= 3
+    types(monkeypatch, "1", "s", "q")
+    main(cfg)
+    first = path.read_bytes()
+    assert len(read(path)) == 1
+    types(monkeypatch, *"2" * (count - 1))  # no more, no less
+    main(cfg)
+    assert path.read_bytes().startswith(first) and len(read(path)) == count
+    types(monkeypatch)
+    main(cfg)
+    said = capsys.readouterr().out
+    assert f"1 pairs are judged, {count - 1} are to come" in said
+    assert f"{count} pairs are judged, 0 are to come" in said
+    assert len({row["chosen"] + row["rejected"] for row in read(path)}) == count
+
+
+def test_what_people_have_judged_is_not_overwritten_nor_mixed_with_simulated_annotators(
+    ending, monkeypatch
+):
+    mine = ending / "preferences.jsonl"
+    mine.write_text('{"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}\n')
+    before = mine.read_bytes()
+    monkeypatch.setattr("data.preferences.sample_pairs", lambda *_: pytest.fail("it samples"))
+    cfg = dict(out=str(ending), pairs=50, max_new_tokens=20)
+    with pytest.raises(InputError, match="preferences.jsonl has judgements of people: choose"):
+        main(Config(**cfg))
+    assert mine.read_bytes() == before
+    monkeypatch.undo()
+    main(Config(**cfg, name="simulated"))
+    before = (ending / "simulated.jsonl").read_bytes()
+    with pytest.raises(InputError, match="simulated.jsonl is by simulated annotators: choose"):
+        main(Config(**cfg, name="simulated", human=True))
+    assert (ending / "simulated.jsonl").read_bytes() == before
+    main(Config(**cfg, name="simulated", seed=1))  # as often as one likes
+    assert (ending / "simulated.jsonl").read_bytes() != before
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_sampling(ending, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("data.preferences.sample_pairs", lambda *_: pytest.fail("it samples"))
+    for human in (True, False):
+        with pytest.raises(OSError, match="Read-only file system"):
+            main(Config(out=str(ending), human=human))
+
+
+def test_preferences_about_another_model_are_noted_when_they_are_read(tmp_path, capsys):
+    path = tmp_path / "preferences.jsonl"
+    row = {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}
+    path.write_text(json.dumps({**row, "sampled_from": "a"}))
+    for fingerprint, is_noted in (("a", False), ("b", True), ("", False)):
+        assert len(load_preferences(path, fingerprint)) == 1
+        assert ("responses of another model" in capsys.readouterr().out) == is_noted
+    path.write_text(json.dumps(row))  # people's own: nobody knows
+    load_preferences(path, "a")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="run `python -m data.preferences` first"):
+        load_preferences(tmp_path / "none.jsonl")
 
 
 def test_a_reward_model_cannot_be_asked_for_responses(chain):
@@ -102,13 +230,27 @@ def test_annotated_rows_say_how_likely_their_label_was():
     assert abs(right - sum(sure) / len(sure)) < 0.04
 
 
-def test_human_preferences_are_written_at_once_and_can_be_stopped(tmp_path, monkeypatch, capsys):
-    answers = iter(["2", "maybe", "s", "1", "q"])
-    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+def test_human_preferences_are_written_at_once_and_can_be_stopped(tmp_path, monkeypatch):
+    """Equal and unfinished responses are not shown; the rows of the file are kept as they are."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('[{"instruction": "Old", "chosen": "x", "rejected": "y"}]')
+    written, answers = [], iter(["2", "maybe", "s", "1", "q"])
+
+    def type_in(_):
+        written.append(len(read_preferences(path)))
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", type_in)
     pairs = [(Reply([], f"a{i}", True), Reply([], f"b{i}", True)) for i in range(5)]
-    ask_human([question("Hi")] * 5, pairs, tmp_path / "mine.jsonl")
-    rows = read(tmp_path / "mine.jsonl")
-    assert [(row["chosen"], row["rejected"]) for row in rows] == [("b0", "a0"), ("a2", "b2")]
+    pairs[1:1] = [(Reply([], "same", True),) * 2, (pairs[0][0], Reply([], "b", False))]
+    ask_human([question(f"Hi {i}") for i in range(7)], pairs, path, "model")
+    assert written == [1, 2, 2, 2, 3]
+    old, *rows = read(path)
+    assert old == {"instruction": "Old", "chosen": "x", "rejected": "y"}
+    assert rows == [
+        {"messages": question("Hi 0"), "chosen": "b0", "rejected": "a0", "sampled_from": "model"},
+        {"messages": question("Hi 4"), "chosen": "a2", "rejected": "b2", "sampled_from": "model"},
+    ]
 
 
 @pytest.mark.parametrize("n_train, n_test", [(900, 100), (870, 130), (930, 70), (3, 5), (5, 1)])

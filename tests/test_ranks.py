@@ -22,7 +22,9 @@ import json, os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
-import data.run, test_ranks, tiny_runs
+import data.run, test_ranks, tiny_runs, train_pretrain
+from data.town.documents import documents
+train_pretrain.documents = lambda n, seed: documents(min(n, 300), seed)  # as in tiny_runs.run
 stage, out, options, die_at, stop_at = [*sys.argv[1:3], *map(json.loads, sys.argv[3:])]
 script = tiny_runs.SCRIPTS[stage]
 if stage == "ppo":
@@ -73,10 +75,11 @@ def two_ranks(stage, out, tmp_path, die_at=-1, stop_at=-1, **options):
 
 
 LONGER = {  # about 20 steps of each
-    "pretrain": dict(steps=20, optimizer="adamw", save_every=100, eval_every=20),
+    # 5 rows a batch: one rank has three of them, the other one two
+    "pretrain": dict(steps=20, batch_size=5, optimizer="adamw", save_every=100, eval_every=20),
     "sft": dict(epochs=3, save_every=100, eval_every=20),
     "rm": dict(epochs=3, save_every=100, eval_every=20),
-    "ppo": dict(iterations=5, save_every=100, eval_every=5, target_kl=1.0),
+    "ppo": dict(iterations=5, rollouts=9, save_every=100, eval_every=5, target_kl=1.0),
     "dpo": dict(epochs=3, save_every=100, eval_every=20),
 }
 

@@ -5,20 +5,19 @@ import math
 import os
 import shutil
 import signal
-import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny_runs import SCRIPTS, TINY, interrupt, make_ends_likely, prepare, run, same
+from tiny_runs import SCRIPTS, TINY, interrupt, prepare, run, same
 
-import data.run
+import train_dpo
 import train_ppo
-import train_pretrain
 import train_rm
-from data.chat import encode_prompt, question, sample_replies
-from data.files import held_out
-from data.run import Run, average_gradients, run_script
+import train_sft
+from data.chat import encode_chat, encode_prompt, question, sample_replies
+from data.files import held_out, write_rows
+from data.run import Run, average_gradients
 from data.tokenizer import load_tokenizer
 from gpt import (
     GPT,
@@ -29,6 +28,9 @@ from gpt import (
     load_model,
     save_checkpoint,
 )
+from train_dpo import dpo_loss
+from train_ppo import response_logprobs
+from train_rm import preference_loss
 
 
 def column(folder, name):
@@ -45,7 +47,7 @@ def cost(folder):
 def test_every_stage_leaves_its_files_and_nothing_unfinished(chain, stage):
     files = {path.name for path in (chain / stage).iterdir()}
     assert {"ckpt.pt", "log.csv", "curve.png", "samples.txt", "cost.json"} <= files
-    assert "unfinished" not in files
+    assert not list(chain.glob(f"**/unfinished/{stage}/*"))
     checkpoint = torch.load(chain / stage / "ckpt.pt", weights_only=True)
     assert checkpoint["stage"] == stage
     measured = json.loads((chain / stage / "cost.json").read_text())
@@ -58,7 +60,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
 ):
     prepare(chain, tmp_path, stage)
     interrupt(stage, tmp_path, monkeypatch)
-    assert (tmp_path / stage / "unfinished" / "curve.png").exists()
+    assert (tmp_path / "unfinished" / stage / "curve.png").exists()
     run(stage, tmp_path, resume=True)
     assert same(tmp_path / stage, chain / stage)
     assert (tmp_path / stage / "log.csv").read_text() == (chain / stage / "log.csv").read_text()
@@ -70,7 +72,10 @@ def test_stopped_in_its_last_step_a_run_still_finishes(chain, tmp_path, monkeypa
     prepare(chain, tmp_path, stage)
     short = {"pretrain": dict(steps=3), "ppo": dict(iterations=3)}.get(stage, dict(epochs=1))
     if "epochs" in short:  # three batches
-        short = dict(batch_size=40 if stage == "sft" else 57)
+        rows = TINY["sft"]["demonstrations"]
+        if stage != "sft":
+            rows = len((chain / "preferences.jsonl").read_text().splitlines())
+        short = dict(batch_size=math.ceil(rows / 3))
     interrupt(stage, tmp_path, monkeypatch, **short)
     assert run(stage, tmp_path, resume=True, **short)
     assert (tmp_path / stage / "ckpt.pt").exists()
@@ -126,7 +131,7 @@ def test_first_losses_are_those_of_models_that_have_learned_nothing_yet(chain):
     assert first("dpo", "margin") == pytest.approx(0, abs=1e-4)
     assert first("ppo", "kl") == first("ppo", "kl_k3") == first("ppo", "kl_full") == 0
     assert first("ppo", "first_ratio_error") < 1e-5
-    assert first("ppo", "objective") == pytest.approx(-2)  # no response of the tiny model ends
+    assert first("ppo", "objective") == first("ppo", "proxy")  # no KL, no penalty
 
 
 def test_policy_leaves_its_reference(chain):
@@ -178,10 +183,77 @@ def test_sampling_colder_than_scoring_is_noticed_at_the_first_iteration(
         run("ppo", tmp_path, temperature=0.7)
 
 
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_a_reference_that_is_not_the_policy_is_noticed_at_the_first_step(
+    chain, tmp_path, monkeypatch, stage
+):
+    prepare(chain, tmp_path)
+    loaded = []
+
+    def differing(*args):
+        model, checkpoint = load_model(*args)
+        model.ln_f.bias.data += 0.3 * len(loaded)  # the second one is another
+        loaded.append(model)
+        return model, checkpoint
+
+    monkeypatch.setattr(SCRIPTS[stage], "load_init", differing)
+    with pytest.raises(AssertionError, match="policy and reference"):
+        run(stage, tmp_path)
+
+
+def test_a_reference_that_moves_is_noticed_before_there_are_results(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path)
+    models = []
+    monkeypatch.setattr(train_ppo, "set_speed", lambda cfg, *given: models.extend(given))
+
+    def average_and_move(model, max_norm):
+        _, _, ref, _ = models
+        ref.ln_f.bias.data += 1e-6
+        return average_gradients(model, max_norm)
+
+    monkeypatch.setattr(train_ppo, "average_gradients", average_and_move)
+    with pytest.raises(AssertionError, match="the reference must not move"):
+        run("ppo", tmp_path, iterations=1)
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_a_ratio_that_is_not_1_before_any_update_stops_ppo(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path)
+
+    def off_while_learning(*args):
+        logprobs, entropy = response_logprobs(*args)
+        return logprobs + 0.02 * torch.is_grad_enabled(), entropy
+
+    monkeypatch.setattr(train_ppo, "response_logprobs", off_while_learning)
+    with pytest.raises(AssertionError, match="a ratio is off by 0.02.* before any update"):
+        run("ppo", tmp_path)
+
+
+def test_first_losses_that_are_not_ln_2_stop_the_reward_model_and_dpo(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path)
+    monkeypatch.setattr(train_dpo, "dpo_loss", lambda *args: dpo_loss(*args) + 0.02)
+    with pytest.raises(AssertionError, match="loss ln 2"):
+        run("dpo", tmp_path)
+    monkeypatch.setattr(train_rm, "preference_loss", lambda *args: preference_loss(*args) + 1e-5)
+    with pytest.raises(AssertionError, match="loss ln 2"):
+        run("rm", tmp_path)
+
+
+def test_a_conversation_without_a_response_stops_sft(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path, "sft")
+
+    def without_mask(tokenizer, messages):
+        ids, _ = encode_chat(tokenizer, messages)
+        return ids, [0] * len(ids)
+
+    monkeypatch.setattr(train_sft, "encode_chat", without_mask)
+    with pytest.raises(AssertionError, match="a row without a supervised token"):
+        run("sft", tmp_path)
+
+
 def test_every_response_is_paid_its_own_score_at_its_last_token(chain, tmp_path, monkeypatch):
     """On their way from the sampler to the loss responses are sorted by length: scores as well?"""
     prepare(chain, tmp_path)
-    make_ends_likely(tmp_path / "sft")
     padded, paid, pad, gae = [], [], train_ppo.pad, train_ppo.gae
 
     def watched_pad(rows, value):
@@ -195,7 +267,7 @@ def test_every_response_is_paid_its_own_score_at_its_last_token(chain, tmp_path,
     monkeypatch.setattr(train_ppo, "pad", watched_pad)
     monkeypatch.setattr(train_ppo, "gae", watched_gae)
     options = dict(beta=0.0, target_kl=0.0)  # without a penalty, all reward is the score
-    run("ppo", tmp_path, iterations=1, rollouts=32, max_new_tokens=20, **options)
+    run("ppo", tmp_path, iterations=1, rollouts=32, **options)
     reward_model, checkpoint = load_model(tmp_path / "rm" / "ckpt.pt", kind=ScalarModel)
     end, scores = load_tokenizer(checkpoint["tokenizer"]).end, []
     for ids, rewards in zip(padded[0], paid[0], strict=True):
@@ -224,7 +296,7 @@ def test_the_size_of_a_microbatch_does_not_change_what_ppo_learns(chain, tmp_pat
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-def test_scores_of_sft_samples_have_mean_0_and_sd_1(chain):
+def test_scores_of_sft_samples_that_end_have_mean_0_and_sd_1(chain):
     sft, checkpoint = load_model(chain / "sft" / "ckpt.pt")
     reward_model, _ = load_model(chain / "rm" / "ckpt.pt", kind=ScalarModel)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
@@ -232,23 +304,48 @@ def test_scores_of_sft_samples_have_mean_0_and_sd_1(chain):
     rows, _ = held_out(rows)
     prompts = [encode_prompt(tokenizer, question(row["prompt"])) for row in rows]
     replies = sample_replies(sft, tokenizer, prompts, TINY["rm"]["max_new_tokens"], seed=0)
-    sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
+    pairs = zip(prompts, replies)
+    sequences = [prompt + reply.ids for prompt, reply in pairs if reply.ended]
     scores = train_rm.score_sequences(reward_model, sequences, tokenizer.pad)
+    assert 10 < len(scores) < len(prompts)
     assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
 
 
-def test_ppo_takes_a_reward_that_needs_no_reward_model(chain, tmp_path):
+def test_a_reward_model_is_normalised_on_samples_from_all_of_a_large_file(
+    chain, tmp_path, monkeypatch
+):
+    """On about 512 of them, since more would tell no more."""
     shutil.copytree(chain / "sft", tmp_path / "sft")
-    last = run("ppo", tmp_path, reward="gold", no_end_score=0.0)
-    assert last["proxy"] == pytest.approx(last["gold"])
-    rows = [{"prompt": f"Say {i}.", "response": f"#### {i}"} for i in range(30)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    last = run("ppo", tmp_path, reward="exact", data=str(tmp_path / "rows.json"))
-    assert last["proxy"] == 0 and "gold" not in last  # the tiny model is never right
-    for reward, data_file in (("gold", "rows.json"), ("exact", ""), ("best", "")):
-        with pytest.raises(ValueError, match=f"--reward {reward}: there are rm, gold"):
-            run("ppo", tmp_path, reward=reward, data=data_file and str(tmp_path / data_file))
-    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "Hi"}] * 20))
+    rows = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(1800)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    asked = []
+
+    def noted(model, tokenizer, prompts, *how):
+        asked.extend(int(tokenizer.decode(ids)[:-1]) for ids in prompts)
+        return sample_replies(model, tokenizer, prompts, *how)
+
+    monkeypatch.setattr(train_rm, "sample_replies", noted)
+    run("rm", tmp_path, data=str(tmp_path / "rows.jsonl"), batch_size=1000, max_new_tokens=2)
+    assert asked == list(range(0, 1620, 3))  # every third of those that are not held out
+
+
+def test_a_file_of_few_prompts_is_asked_again_and_again(chain, tmp_path, monkeypatch):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    rows = [{"prompt": f"Say {i}.", "response": f"{i}"} for i in range(5)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    options = dict(reward="exact", data=str(tmp_path / "rows.jsonl"), iterations=1)
+    assert run("ppo", tmp_path, **options)["no_end"] < 1  # 8 rollouts of 4 prompts
+
+
+@pytest.mark.parametrize("reward, with_data", [("gold", True), ("exact", False), ("best", False)])
+def test_a_reward_that_cannot_be_had_is_a_clear_error(reward, with_data):
+    with pytest.raises(ValueError, match=f"--reward {reward}: there are rm, gold"):
+        train_ppo.Config(reward=reward, data="rows.json" * with_data)
+
+
+def test_rows_without_an_answer_cannot_be_rewarded_for_it(chain, tmp_path):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": f"Hi {i}"} for i in range(20)]))
     with pytest.raises(InputError, match=r"prompts.json:1 \(row 1\): --reward exact needs"):
         run("ppo", tmp_path, reward="exact", data=str(tmp_path / "prompts.json"))
 
@@ -345,21 +442,6 @@ def test_gradients_are_clipped_to_a_largest_norm_and_0_means_off():
         (3 * model.weight[0, 0] + 4 * model.weight[0, 1]).backward()
         assert average_gradients(model, largest) == 5.0
         torch.testing.assert_close(model.weight.grad, torch.tensor([expected]))
-
-
-def test_full_disk_is_a_clear_error_and_leaves_the_earlier_results(tmp_path, monkeypatch):
-    run("pretrain", tmp_path)
-    before = (tmp_path / "pretrain" / "log.csv").read_bytes()
-
-    def disk_full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data.run, "plot", disk_full)
-    options = [f"--{name}={value}" for name, value in TINY["pretrain"].items()]
-    monkeypatch.setattr(sys, "argv", ["x", f"--out={tmp_path}", "--lr=0.001", *options])
-    with pytest.raises(InputError, match="No space left.*earlier runs are untouched"):
-        run_script(train_pretrain.main, train_pretrain.Config)
-    assert (tmp_path / "pretrain" / "log.csv").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tiny_runs import ROOT, SCRIPTS, interrupt, prepare, run, same
 from data.evaluate import Config as Evaluation
 from data.evaluate import evaluate
 from data.talk import Config as Talk
-from data.talk import find_checkpoints
+from data.talk import Speaker, find_checkpoints
 from data.talk import main as talk
 from data.town.tasks import SHOWN, TRAIN_KINDS
 from gpt import InputError
@@ -74,8 +74,8 @@ def test_a_stopped_variant_says_its_name_and_resumes_to_the_same_bits(
     interrupt("ppo", tmp_path, monkeypatch, name="mine")
     said = capsys.readouterr().out
     assert "`python train_ppo.py --name mine --resume`" in said
-    assert f"resumes {tmp_path}/mine/unfinished/ckpt.pt" in said
-    with pytest.raises(InputError, match="no run to resume in .*/ppo/unfinished"):
+    assert f"resumes {tmp_path}/unfinished/mine/resume.pt" in said
+    with pytest.raises(InputError, match="no run to resume in .*/unfinished/ppo"):
         run("ppo", tmp_path, resume=True)
     run("ppo", tmp_path, name="mine", resume=True)
     assert same(tmp_path / "mine", chain / "ppo")
@@ -103,6 +103,24 @@ def test_the_newest_answers_a_prompt_and_all_can_be_compared(runs, capsys):
         assert len(re.findall(f"^{name} ", compared, re.M)) == len(SHOWN)
     assert not re.search("^rm ", compared, re.M)  # it cannot talk
     assert f"\n{'ipo':9} {once}" in compared  # what the others said has not changed its answer
+
+
+def test_a_prompt_may_be_empty_and_begins_no_conversation(runs, monkeypatch, capsys):
+    """Nobody is there to answer a question, where a script has passed an empty text."""
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("a conversation"))
+    for name in ("sft", "pretrain"):
+        talk(Talk(ckpt=str(runs / name / "ckpt.pt"), prompt=""))
+        speaker = Speaker(runs / name / "ckpt.pt")
+        (reply,) = speaker.answer([""], 48, 0, temperature=0.7)
+        assert capsys.readouterr().out.startswith(reply.text or "(nothing:")
+
+
+def test_a_model_is_not_exported_over_a_run(runs, tmp_path):
+    before = contents(runs)
+    with pytest.raises(ValueError, match="sft is the folder of a run: name another one"):
+        Talk(out=str(runs), export=str(runs / "sft"))
+    talk(Talk(out=str(runs), ckpt=str(runs / "sft/ckpt.pt"), export=str(tmp_path / "mine")))
+    assert contents(runs) == before and (tmp_path / "mine" / "model.safetensors").exists()
 
 
 def test_a_conversation_goes_on_until_the_end_of_the_input(chain):
@@ -147,7 +165,7 @@ def test_one_damaged_or_foreign_checkpoint_is_named_and_the_others_are_reported(
     assert list(report["stages"]) == "base sft best_of_n ppo foreign dpo".split()
     assert report["stages"]["foreign"]["kl_to_sft"] is None  # of other tokens
     said = capsys.readouterr().out
-    assert "damaged/ckpt.pt is not a checkpoint" in said
+    assert f"left out: {runs}/damaged/ckpt.pt is damaged, or not a checkpoint" in said
     assert "judge is left out" in said and "another tokenizer" in said
     talk(Talk(out=str(runs), ckpt=str(runs / "sft" / "ckpt.pt"), prompt="Hi"))
     assert "damaged" not in capsys.readouterr().out  # nobody asked for it

@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -14,12 +16,12 @@ import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
-from data.chat import Reply
-from data.files import write_rows
-from data.preferences import annotate
+from data import preferences
 from data.run import Run
 from data.tokenizer import load_tokenizer
-from data.town.tasks import demonstrate, draw_tasks
+from data.town import tasks as town_tasks
+from data.town.documents import documents
+from gpt import GPT
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -29,6 +31,7 @@ SCRIPTS = {
     "ppo": train_ppo,
     "dpo": train_dpo,
 }
+# The learning rate of SFT is such that half of the responses end within 12 tokens.
 TINY = {
     "pretrain": dict(
         documents=300,
@@ -41,27 +44,31 @@ TINY = {
         save_every=2,
         eval_every=3,
     ),
-    "sft": dict(
-        demonstrations=120, batch_size=16, epochs=1, save_every=2, eval_every=3, max_new_tokens=4
-    ),
-    "rm": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
+    "sft": dict(demonstrations=120, batch_size=16, epochs=1, lr=0.03, warmup=0),
+    "rm": dict(batch_size=16, epochs=1),
     "ppo": dict(
         iterations=4,
         target_kl=0.5,  # so that beta changes, and --resume has to bring it back
         rollouts=8,
         minibatch=4,
         microbatch=2,
-        save_every=2,
-        eval_every=3,
-        max_new_tokens=4,
     ),
-    "dpo": dict(batch_size=32, epochs=1, save_every=2, eval_every=3, max_new_tokens=4),
+    "dpo": dict(batch_size=16, epochs=1),
 }
+for stage in TINY:
+    TINY[stage] |= dict(save_every=2, eval_every=3, device="cpu")
+    TINY[stage] |= {} if stage == "pretrain" else dict(max_new_tokens=12)
 
 
 def run(stage, out, **changes):
+    """Run a stage, without what would take longer than all the rest: curve.png is empty, and
+    pretraining is validated on 300 documents."""
     script = SCRIPTS[stage]
-    return script.main(script.Config(out=str(out), **{**TINY[stage], **changes}))
+    with (
+        mock.patch("data.run.plot", lambda rows, panels, path, unit: path.write_bytes(b"")),
+        mock.patch("train_pretrain.documents", lambda n, seed: documents(min(n, 300), seed)),
+    ):
+        return script.main(script.Config(out=str(out), **{**TINY[stage], **changes}))
 
 
 def interrupt(stage, out, monkeypatch, **changes):
@@ -80,15 +87,50 @@ def interrupt(stage, out, monkeypatch, **changes):
     assert stopped.value.code == 130
 
 
+class Draw(NamedTuple):
+    """One call of a function of data/town that draws documents, tasks or demonstrations."""
+
+    stage: str  # that has called it
+    seed: str  # as it seeds the generator, such as "tasks ppo 0"
+    tasks: list  # (split, prompt) of each task
+
+
 def run_chain(out):
-    """Run all five stages into a folder."""
-    for stage in SCRIPTS:
-        if stage == "rm":  # the tiny model never ends a response, so demonstrators write the pairs
-            rng = random.Random(0)
-            tasks = draw_tasks(250, "pairs")
-            pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
-            write_rows(annotate(tasks, pairs, tau=0.5, flip=0.0, seed=0), out / "preferences.jsonl")
-        run(stage, out)
+    """Run all five stages, and what stands between them, into a folder.
+
+    Returns what they have drawn, a list of `Draw`, and what they have learned from: stage ->
+    sequences of ids that a model has read with gradients.
+    """
+    draws, learned = [], {}
+    draw, forward = town_tasks.draw, GPT.forward
+
+    def noted_random(seed):
+        draws.append(Draw(stage, seed, []))
+        return random.Random(seed)
+
+    def noted_draw(name, rng, split="train", unseen_template=False):
+        task = draw(name, rng, split, unseen_template)
+        draws[-1].tasks.append((split, task.prompt))
+        return task
+
+    def noted_forward(self, idx, *rest):
+        if torch.is_grad_enabled():
+            learned.setdefault(stage, set()).update(map(tuple, idx.tolist()))
+        return forward(self, idx, *rest)
+
+    with (
+        mock.patch("data.town.tasks.draw", noted_draw),
+        mock.patch("data.town.tasks.random", mock.Mock(Random=noted_random)),
+        mock.patch("data.town.documents.random", mock.Mock(Random=noted_random)),
+        mock.patch("gpt.GPT.forward", noted_forward),
+    ):
+        for stage in ("pretrain", "sft", "preferences", "rm", "ppo", "dpo"):
+            if stage == "preferences":
+                pairs = dict(pairs=400, max_new_tokens=12, device="cpu")
+                preferences.main(preferences.Config(out=str(out), **pairs))
+            else:
+                run(stage, out)
+    return draws, learned
 
 
 def prepare(chain, out, stage=""):

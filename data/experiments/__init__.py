@@ -27,5 +27,6 @@ README.md tells what came out; its CSV and PNG files are in results/. In this fo
     broken.py
     plots.py              tables and pictures
     jobs.py               runs of the scripts, also of a copy with a bug planted
+    bugs.py               the bugs, and how to plant one
     expected.py           makes expected/, the reference curves that --check compares with
 """

@@ -47,14 +47,23 @@ def exact_frontier(gold: np.ndarray, betas) -> list[dict]:
     return rows
 
 
-def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
+def best_of_n(scores: np.ndarray, n: int, replace=False) -> np.ndarray:
     """The probability of every sample (prompts, N) to be the best of n by its score.
 
     Of N samples in ascending order, the r-th (from 0) is the best of n drawn without replacement in
-    C(r, n - 1) of C(N, n) cases. Samples of equal score share their probability.
+    C(r, n - 1) of C(N, n) cases, and of n drawn with replacement (replace) with probability
+    ((r + 1) / N)^n - (r / N)^n. Samples of equal score share their probability.
+
+    Each is right for one thing. Means of gold or score have no bias without replacement; with it,
+    the largest of 128 normal numbers, from 128, comes out 0.17 SD too small. KL is right to about
+    1 % with replacement, for all n up to N; without it, of 128 different responses the best of 64
+    has 3.48 nats instead of 3.17, and the best of 128, always the same one, 4.85 instead of 3.86.
     """
     count = scores.shape[1]
-    by_rank = np.array([math.comb(r, n - 1) / math.comb(count, n) for r in range(count)])
+    if replace:
+        by_rank = np.diff((np.arange(count + 1) / count) ** n)
+    else:
+        by_rank = np.array([math.comb(r, n - 1) / math.comb(count, n) for r in range(count)])
     probability = np.empty(scores.shape)
     for row, values in enumerate(scores):
         probability[row, np.argsort(values, kind="stable")] = by_rank
@@ -66,9 +75,7 @@ def best_of_n(scores: np.ndarray, n: int) -> np.ndarray:
 def kl_of_weights(probability: np.ndarray, same: np.ndarray) -> float:
     """KL from SFT, in nats, of a policy that picks samples with this probability (prompts, N).
 
-    same: equal numbers for equal responses, which count as one. Weights of `best_of_n` give too
-    much if n is not far below N and all responses differ: of 128 samples, the best of 32 gets 2.63
-    nats instead of 2.50, and the best of 64 gets 3.48 instead of 3.17.
+    same: equal numbers for equal responses, which count as one.
     """
     kls = []
     for p, which in zip(probability, same):
@@ -83,7 +90,8 @@ def best_of_all(pool: Pool, scores: np.ndarray, counts) -> list[dict]:
     for n in counts:
         p = best_of_n(scores, n)
         gold, proxy = ((p * values).sum(1).mean() for values in (pool.gold, scores))
-        rows.append({"n": n, "kl": kl_of_weights(p, pool.same), "gold": gold, "proxy": proxy})
+        kl = kl_of_weights(best_of_n(scores, n, replace=True), pool.same)
+        rows.append({"n": n, "kl": kl, "gold": gold, "proxy": proxy})
     return rows
 
 

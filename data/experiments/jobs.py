@@ -12,10 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.check import FOLDER as EXPECTED
+from data.experiments.bugs import ROOT, Bug, plant
 from gpt import InputError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -29,10 +27,11 @@ class Job:
     stage: str
     options: dict = field(default_factory=dict)
     minutes: float = 1.0  # about how long on two cores, for the bar
-    edit: tuple = ()  # (file, right, wrong): run a copy of the project with this line changed
+    bug: Bug | None = None  # run a copy of the project in which this is planted
 
     def __post_init__(self):
-        self.folder = self.out / self.stage  # of its log and its cost, and of an unfinished run
+        self.folder = self.out / self.stage  # of its results
+        self.unfinished = self.out / "unfinished" / self.stage
         self.result = self.folder / "ckpt.pt"  # what is there when it has run to its end
         self.command = [f"train_{self.stage}.py"]
         if self.stage == "preferences":
@@ -41,7 +40,7 @@ class Job:
         for name, value in {"out": self.out.resolve(), **self.options}.items():
             self.command += [f"--{name}", str(value)]
         self.note = self.out / f"{self.stage}.command"  # says what the run in this folder is
-        self.identity = json.dumps([self.command, self.edit])
+        self.identity = json.dumps([self.command, (self.bug or ())[:3]])
 
     def is_begun(self) -> bool:
         """Whether what is there, finished or not, comes from this very command."""
@@ -54,15 +53,16 @@ class Job:
     def run(self):
         """Run it, or resume it. Raises InputError with the last line that it said if it fails."""
         if not self.is_begun():  # what another command left there is of no use
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (self.folder, self.unfinished):
+                shutil.rmtree(folder, ignore_errors=True)
             self.result.unlink(missing_ok=True)
             self.out.mkdir(parents=True, exist_ok=True)
             self.note.write_text(self.identity)
-        project = self.out.resolve() / "edited" if self.edit else ROOT
-        if self.edit:
-            plant(self.edit, project)
+        project = self.out.resolve() / "edited" if self.bug else ROOT
+        if self.bug:
+            plant(self.bug, project)
         command = [sys.executable, *self.command]
-        if (self.folder / "unfinished/ckpt.pt").exists():
+        if (self.unfinished / "resume.pt").exists():
             command.append("--resume")
         log = self.out / f"{self.stage}.txt"
         with open(log, "w") as file:
@@ -89,19 +89,3 @@ def run_jobs(jobs: list[Job]):
             bar.set_description(f"{job.out.name}: {job.stage}")
             job.run()
             bar.update(job.minutes)
-
-
-def plant(edit: tuple, where: Path):
-    """Copy what a run needs of the project to `where`, with one piece of one file changed.
-
-    edit: (file, right, wrong). `right` must occur exactly once in the file.
-    """
-    file, right, wrong = edit
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"), *EXPECTED.glob("*.csv")]:
-        copy = where / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    text = (where / file).read_text("utf-8")
-    if text.count(right) != 1:
-        raise ValueError(f"{file} has {text.count(right)} times: {right}")
-    (where / file).write_text(text.replace(right, wrong), "utf-8")

@@ -1,0 +1,64 @@
+"""What is held out: no stage learns from it, and no two draws of the town are the same."""
+
+from collections import Counter
+
+import pytest
+
+from data.evaluate import Prompts
+from data.tokenizer import load_tokenizer
+from data.town.tasks import SHOWN
+from gpt import load_checkpoint
+
+# What every stage draws to learn from, and what it measures itself on. Seeds of training follow
+# --seed. Those of measurements do not: runs with different seeds are to be compared.
+DRAWN = {
+    "pretrain": {("documents 0", ""), ("documents validation", "")},
+    "sft": {("tasks 0", "train"), ("tasks validation", "test")},
+    "preferences": {("tasks preferences 0", "train"), ("tasks preferences 0", "test")},
+    "rm": set(),  # learns from the preferences
+    "ppo": {("tasks ppo 0", "train"), ("tasks ppo", "test")},
+    "dpo": {("tasks dpo", "test")},
+}
+
+
+def splits_of(draw):
+    return {split for split, _ in draw.tasks} or {""}
+
+
+def prompts_of(draws, wanted):
+    return {prompt for draw in draws for split, prompt in draw.tasks if split == wanted}
+
+
+@pytest.mark.parametrize("stage", DRAWN)
+def test_every_stage_draws_once_to_learn_and_once_to_be_measured(noted_chain, stage):
+    _, draws, _ = noted_chain
+    found = [(draw.seed, *splits_of(draw)) for draw in draws if draw.stage == stage]
+    found = Counter(x for x in found if x[0].startswith(("tasks", "documents")))
+    assert found == Counter(DRAWN[stage])  # each of them once
+
+
+def test_no_two_draws_have_the_same_seed():
+    """But those of preferences, which come from two splits."""
+    drawn = [draw for draws in DRAWN.values() for draw in draws]
+    assert len(set(drawn)) == len(drawn)
+
+
+def learned_prompts(chain, learned, stage):
+    """The prompts in all that a stage has read with gradients."""
+    tokenizer = load_tokenizer(load_checkpoint(chain / "sft" / "ckpt.pt")["tokenizer"])
+    return {
+        tokenizer.decode(ids[ids.index(tokenizer.user) : ids.index(tokenizer.assistant)])
+        for ids in learned[stage]
+    }
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
+def test_no_stage_learns_from_a_prompt_that_is_held_out_anywhere(noted_chain, stage):
+    """Not even from one that another stage, or the evaluation, measures on."""
+    chain, draws, learned = noted_chain
+    found = learned_prompts(chain, learned, stage)
+    assert len(found) > 20 and found <= prompts_of(draws, "train")
+    report = Prompts.draw(600, 0)
+    groups = (report.seen, report.templates, report.kinds, report.safety)
+    asked = {task.prompt for group in groups for task in group}
+    assert not found & (prompts_of(draws, "test") | asked | set(SHOWN))
