@@ -192,7 +192,8 @@ def main(cfg: Config) -> dict:
         rng = np.random.default_rng([cfg.seed, epoch])
         batches += length_batches([row["length"] for row in rows], cfg.batch_size, rng)
     print(
-        f"{len(rows):,} pairs, {len(test_rows)} held out, {len(batches)} steps of {cfg.batch_size}"
+        f"{len(rows):,} pairs to train on, {len(test_rows)} held out, "
+        f"{len(batches)} steps of at most {cfg.batch_size}"
     )
 
     def tensors(sequences: list[tuple[list, list]]):

@@ -264,10 +264,17 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
     """
 
     def encode(rows: list[dict]) -> list[dict]:
+        if cfg.reward == "exact":
+            answered = [row for row in rows if row.get("answer")]
+            if not answered:
+                raise InputError(f"{cfg.data}: --reward exact needs responses to compare with")
+            if len(answered) < len(rows):
+                print(
+                    f"left out {len(rows) - len(answered)} of {len(rows)} rows without a response"
+                )
+            rows = answered
         for row in rows:
             row["ids"] = encode_prompt(tokenizer, row["messages"])
-            if cfg.reward == "exact" and not row.get("answer"):
-                raise InputError(f"{row['where']}: --reward exact needs a reply to compare with")
         lengths = [len(row["ids"]) for row in rows]
         return keep_fitting(rows, lengths, longest, "the context minus max_new_tokens,")
 

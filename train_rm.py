@@ -160,7 +160,7 @@ def main(cfg: Config) -> dict:
         batches += length_batches([row["length"] for row in rows], cfg.batch_size, rng)
     print(
         f"{len(rows):,} pairs to train on, {len(test_rows)} held out, "
-        f"{len(batches)} steps of {cfg.batch_size}"
+        f"{len(batches)} steps of at most {cfg.batch_size}"
     )
 
     def score_test_rows():

@@ -132,14 +132,14 @@ def main(cfg: Config) -> dict:
     batches = []
     for epoch in range(cfg.epochs):
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
-    # The mean of the loss is over the tokens of all batches. Divided by its own number of tokens, a
-    # batch of short responses would count each of them for more than a batch of long ones does.
+    # What the loss of any batch is divided by, so that a token counts the same in whatever batch it
+    # is. Divided by its own number, tokens of a batch of short responses would count for more.
     supervised = sum(sum(rows[i]["mask"]) for batch in batches for i in batch)
     tokens_per_batch = supervised / len(batches)
     used = sum(lengths[i] for batch in batches for i in batch)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     print(
-        f"{len(rows):,} conversations, {len(batches)} steps of {cfg.batch_size}; "
+        f"{len(rows):,} conversations, {len(batches)} steps of at most {cfg.batch_size}; "
         f"{1 - used / padded:.1%} of the batches is padding. One, with [[what is learned]]:\n"
         f"    {show_mask(tokenizer, rows[0])}"
     )

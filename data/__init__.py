@@ -3,7 +3,7 @@
     town/           the world: words and documents, tasks, the gold reward and the annotators
     tokenizer.py    BPE (trained here), characters, GPT-2's
     chat.py         conversation -> token ids and loss mask; padding, batches, sampled responses
-    files.py        your own text, JSON and JSONL
+    files.py        your own text, JSON and JSONL; files of token ids
     preferences.py  pairs of sampled responses, labelled by annotators or by you
     run.py          one run of a script: options, device, processes, log, plot, progress, resume
     check.py        --check: what the curves of a correct run look like

@@ -307,7 +307,7 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum is wrong")
-        tensors = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(x, torch.Tensor) for x in tensors.values()):
             raise ValueError("it has other entries")
     except Exception as error:  # truncated, or a pickle with code in it

@@ -37,8 +37,6 @@ class Config:
             raise ValueError(f"--top_p is a probability, above 0 and at most 1, not {self.top_p}")
         if self.compare and self.export:
             raise ValueError("--export writes one model: leave out --compare")
-        if self.export and (Path(self.export) / "ckpt.pt").exists():
-            raise ValueError(f"--export {self.export} is the folder of a run: name another one")
 
 
 class Speaker:
@@ -99,7 +97,7 @@ def main(cfg: Config):
 
     if cfg.export:
         for name, speaker in speakers.items():
-            export(speaker.model, speaker.tokenizer, cfg.export)
+            export(speaker.model, speaker.tokenizer, cfg.export, speaker.is_base)
             print(f"{paths[name]} is in {cfg.export}/ now, with its tokenizer, for transformers")
         return
 

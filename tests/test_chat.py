@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.chat import encode_chat, encode_prompt, encode_reply, length_batches, pad, sample_replies
+from data.chat import (
+    encode_chat,
+    encode_opening,
+    encode_prompt,
+    encode_reply,
+    length_batches,
+    pad,
+    question,
+    sample_replies,
+    sorted_batches,
+    transcript,
+)
+from gpt import InputError, generate
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -41,12 +53,31 @@ def test_padding_stands_on_the_right():
     assert pad([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]
 
 
-@pytest.mark.parametrize("n, size", [(1000, 32), (5, 8), (64, 64), (65, 64)])
-def test_every_row_is_used_at_most_once_an_epoch(n, size):
+def test_a_document_is_opened_as_pretraining_opens_it(tokenizer):
+    assert encode_opening(tokenizer, "Once") == [tokenizer.eot, *tokenizer.encode("Once")]
+
+
+@pytest.mark.parametrize("n, size", [(1000, 32), (5, 8), (64, 64), (65, 64), (100, 64), (201, 2)])
+def test_every_row_is_in_one_batch_and_no_batch_is_too_large_or_much_smaller(n, size):
     lengths = np.random.default_rng(0).integers(1, 50, n)
     batches = length_batches(lengths, size, np.random.default_rng(1))
-    used = np.concatenate(batches)
-    assert len(set(used)) == len(used) >= n - size + 1
+    assert sorted(np.concatenate(batches)) == list(range(n))
+    sizes = [len(batch) for batch in batches]
+    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
+    assert len(batches) == -(-n // size)  # as few as there can be
+
+
+def test_every_epoch_has_other_batches():
+    lengths = np.random.default_rng(0).integers(1, 50, 1000)
+    epochs = [length_batches(lengths, 4, np.random.default_rng(i)) for i in range(2)]
+    first, second = ({tuple(sorted(batch)) for batch in epoch} for epoch in epochs)
+    assert len(first & second) < 25  # of 250
+
+
+def test_for_passes_without_gradients_rows_go_from_the_shortest_to_the_longest():
+    lengths = [5, 1, 4, 1, 3, 9, 2]
+    assert sorted_batches(lengths, size=3) == [[1, 3, 6], [4, 2, 0], [5]]
+    assert [len(batch) for batch in sorted_batches([1] * 130)] == [64, 64, 2]
 
 
 def test_batches_of_similar_length_waste_little_on_padding():
@@ -67,15 +98,49 @@ def test_batches_come_in_random_order_of_length():
     assert abs(np.corrcoef(order, range(len(order)))[0, 1]) < 0.3
 
 
-def test_sampled_reply_says_whether_it_ended(tokenizer, tiny):
-    class Stub:  # the tiny model has 50 ids, so its own special tokens
-        end = 5
+class Letters:
+    """A tokenizer for the tiny model, which has 50 ids: a letter for each, and end-of-turn is 5."""
 
-        def decode(self, ids):
-            return str(ids)
+    end, user, assistant = 5, 6, 7
 
-    replies = sample_replies(tiny, Stub(), [[1]] * 99, 6, seed=0)
+    def encode(self, text):
+        return [ord(letter) - 65 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(65 + i) for i in ids if i not in (5, 6, 7))
+
+
+def test_sampled_reply_says_whether_it_ended(tiny):
+    replies = sample_replies(tiny, Letters(), [[1]] * 99, 6, seed=0)
     assert {reply.ended for reply in replies} == {True, False}
     assert all(reply.ended == (reply.ids[-1] == 5) for reply in replies)
+    assert all(reply.text == Letters().decode(reply.ids) for reply in replies)
     torch.manual_seed(99)  # the global random state has no say
-    assert sample_replies(tiny, Stub(), [[1]] * 99, 6, seed=0) == replies
+    assert sample_replies(tiny, Letters(), [[1]] * 99, 6, seed=0) == replies
+    assert sample_replies(tiny, Letters(), [[1]] * 99, 6, seed=1) != replies
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"temperature": 0, "stop": 9}])
+def test_replies_are_those_of_generate_with_these_settings(tiny, how):
+    prompts = [[1, 2, 3], [4], [8, 9]]
+    replies = sample_replies(tiny, Letters(), prompts, 6, 3, top_k=20, **how)
+    generator = torch.Generator().manual_seed(3)
+    expected = generate(tiny, prompts, 6, generator=generator, top_k=20, **{"stop": 5, **how})
+    assert ([reply.ids for reply in replies], [reply.logprobs for reply in replies]) == expected
+
+
+def test_a_prompt_that_fills_the_context_is_a_clear_error(tiny):
+    sample_replies(tiny, Letters(), [[1] * 23], 6, seed=0)
+    with pytest.raises(InputError, match="24 tokens leaves no room .* context of 24"):
+        sample_replies(tiny, Letters(), [[1], [1] * 24], 6, seed=0)
+
+
+def test_a_transcript_has_the_last_message_of_each_conversation_and_one_response(tiny):
+    before = [*question("AB"), {"role": "assistant", "content": "C"}]
+    conversations = [question("KLM"), [*before, *question("NO")], question("P" * 30)]
+    prompts = [[6, 10, 11, 12, 7], [6, 0, 1, 7, 2, 5, 6, 13, 14, 7]]
+    first, second = sample_replies(tiny, Letters(), prompts, 8, seed=4)
+    assert transcript(tiny, Letters(), conversations, 8, seed=4) == (
+        f"> KLM\n{first.text}\n\n> NO\n{second.text}\n\n"
+        f"> {'P' * 30}\n(no room in the context for a response)\n\n"
+    )

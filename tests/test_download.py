@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = b"version https://git-lfs.github.com/spec/v1\n"
         if kind == "login":  # as a hotel or an office sends it, with status 200
             body, wanted = b"\n<!DOCTYPE html><html><body>Please log in.</body></html>", None
-        body = b"" if kind == "empty" else body
+        body = {"empty": b"", "marked": b"text<b>text</b>"}.get(kind, body)
         if wanted and kind != "whole":
             first, last = wanted.removeprefix("bytes=").split("-")
             start, body = int(first), body[int(first) : int(last) + 1 if last else None]
@@ -156,6 +156,13 @@ def test_what_is_no_page_is_not_taken_for_one(tmp_path, start):
     fetch(File("http://127.0.0.1:9/file"), tmp_path / "file")  # nobody listens there
 
 
+def test_what_a_part_goes_on_with_may_look_like_a_page(server, tmp_path):
+    (tmp_path / "file.part").write_bytes(b"text")
+    fetch(File(f"{server}/marked"), tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"text<b>text</b>"
+    assert Handler.asked[-1] == ("marked", "bytes=4-")
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_login_page_in_place_of_any_source_is_not_kept(server, tmp_path, monkeypatch, name):
     """Text, JSON, JSON lines, gzip, tokens: the next try has to find nothing in its way."""
@@ -264,6 +271,10 @@ def test_token_shards_become_one_file_for_training_and_one_for_validation(tmp_pa
     get("fineweb", tmp_path, megabytes=400)  # two shards
     assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3, 4]
     assert np.fromfile(folder / "val.bin", np.uint16).tolist() == [7, 8]
+    (folder / "fineweb_val_000000.bin").write_bytes(shard([7] * (10**6 + 5)))
+    get("fineweb", tmp_path)
+    assert len(np.fromfile(folder / "val.bin", np.uint16)) == 10**6
+    assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3]
     (folder / "fineweb_train_000001.bin").write_bytes(shard([1, 2, 3])[:-1])
     with pytest.raises(
         InputError, match="fineweb_train_000001.bin: .*is it truncated.*Delete .*val_00"
@@ -274,7 +285,7 @@ def test_token_shards_become_one_file_for_training_and_one_for_validation(tmp_pa
         InputError, match="fineweb_train_000001.bin is not a shard.*Delete .*val_00"
     ):
         get("fineweb", tmp_path)
-    assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3, 4]  # as it was
+    assert np.fromfile(folder / "train.bin", np.uint16).tolist() == [1, 2, 3]  # as it was
 
 
 def test_new_tokens_leave_those_alone_that_a_run_has_mapped(tmp_path):

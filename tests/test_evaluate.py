@@ -378,7 +378,7 @@ def test_the_picture_shows_gold_skills_and_kl_of_every_stage(drawn):
 def test_a_judge_of_five_pairs_has_these_numbers():
     """Log-odds, twice the difference of scores: 2, -2, 4, 0, 2."""
     chosen, rejected = np.array([1.0, 0, 2, 0, 3]), np.array([0.0, 1, 0, 0, 2])
-    gold = [[1.0, 0.5], [0.0, 1.0], [0.25, 2.0], [3.0, -1.0], [0.5, 0.5]]
+    gold = [[1.0, 0.5], [0.0, 1.0], [2.0, 0.25], [3.0, -1.0], [0.5, 0.5]]
     labels = zip("aabba", gold, [0.9, 0.3, 0.2, 0.6, 0.5])
     rows = [{"kind": kind, "gold": pair, "p": p} for kind, pair, p in labels]
     report, points = judge(chosen, rejected, rows, scale=2.0)
@@ -398,13 +398,13 @@ def test_a_judge_of_five_pairs_has_these_numbers():
         "accuracy": (1 + 0 + 1 + 0.5 + 1) / 5,  # a tie is half right
         "ece": pytest.approx(ece),
         "bayes_accuracy": pytest.approx((0.9 + 0.7 + 0.8 + 0.6 + 0.5) / 5),
-        "gold_accuracy": pytest.approx((1 + 0 + 0 + 1 + 0.5) / 5),
-        "gold_order": (1 + 1 + 0 + 0.5) / 4,  # of the four whose gold differs
+        "gold_accuracy": pytest.approx((1 + 0 + 1 + 1 + 0.5) / 5),
+        "gold_order": (1 + 1 + 1 + 0.5) / 4,  # of the four whose gold differs
         # Ranks of the scores 1 0 2 0 3, 0 1 0 0 2 and of gold, equal ones at their mean rank.
         "spearman_gold": pytest.approx(
             np.corrcoef(
                 [6.5, 3, 8.5, 3, 10, 3, 6.5, 3, 3, 8.5],
-                [7.5, 2, 3, 10, 5, 5, 7.5, 9, 1, 5],
+                [7.5, 2, 9, 10, 5, 5, 7.5, 3, 1, 5],
             )[0, 1]
         ),
     }
@@ -415,7 +415,13 @@ def test_a_judge_of_five_pairs_has_these_numbers():
         "gold_order": 1.0,
     }
     assert by_task["b"]["pairs"] == 2 and by_task["b"]["accuracy"] == 0.75
-    assert by_task["b"]["gold_order"] == 0.25
+    assert by_task["b"]["gold_order"] == 0.75
+
+
+def test_a_judge_who_is_sure_and_right_has_no_calibration_error():
+    """p is exactly 1 there, the end of the last bin."""
+    report, points = judge(np.array([900.0]), np.zeros(1), [{}], 1.0)
+    assert report["ece"] == 0 and points == [(0, 0, 1), (1, 1, 1)]
 
 
 def test_rows_without_gold_are_judged_by_their_labels_alone():
@@ -433,11 +439,15 @@ def test_one_pair_two_pairs_and_equal_scores_are_judged_and_drawn(chosen, tmp_pa
     assert "NaN" not in json.dumps(report) and np.isfinite(points).all()
     plot_reliability(points, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+    report, _ = judge(np.ones(2), np.zeros(2), [{**rows[0], "gold": [1.0, 0.0]}] * 2, 1.0)
+    assert report["gold_order"] == 1.0 and report["spearman_gold"] == pytest.approx(1.0)
 
 
 def test_reliability_is_observed_against_predicted_with_its_interval(drawn):
     plot_reliability([(0.2, 0.1, 100), (0.9, 0.5, 25)], Path("x.png"))
     (axis,) = drawn[0].axes
+    assert np.transpose(axis.lines[0].get_data()).tolist() == [[0, 0], [1, 1]]  # calibrated
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted win rate", "observed win rate")
     line, _, bars = axis.containers[0]
     np.testing.assert_allclose(np.transpose(line.get_data()), [(0.2, 0.1), (0.9, 0.5)])
     half = [1.96 * (0.1 * 0.9 / 100) ** 0.5, 1.96 * 0.1]
@@ -491,7 +501,7 @@ def test_log_probability_of_a_reply_is_that_of_training(tiny):
 
 def test_evaluation_reports_every_stage(chain):
     """Gold and KL of PPO as anybody could compute them; costs are those of its run."""
-    cfg = Config(out=str(chain), **FEW)
+    cfg = Config(out=str(chain), seed=3, **FEW)
     evaluate(cfg)
     report = json.loads((chain / "report.json").read_text())
     stages = report["stages"]
@@ -500,7 +510,7 @@ def test_evaluation_reports_every_stage(chain):
     tasks = Prompts.draw(cfg.prompts, cfg.seed).seen
     sft, ppo = (Speaker(chain / name / "ckpt.pt") for name in ("sft", "ppo"))
     asked = [task.prompt for task in tasks]
-    of_sft, of_ppo = (s.answer(asked, 6, 0, temperature=1.0) for s in (sft, ppo))
+    of_sft, of_ppo = (s.answer(asked, 6, seed=3, temperature=1.0) for s in (sft, ppo))
     gold, sft_gold = (data.evaluate.golds(tasks, replies) for replies in (of_ppo, of_sft))
     sd = ((sft_gold - sft_gold.mean()) ** 2).mean() ** 0.5
     in_units = (gold.mean() - sft_gold.mean()) / sd
@@ -519,7 +529,7 @@ def test_evaluation_reports_every_stage(chain):
     assert stages["best_of_n"]["train_seconds"] == stages["best_of_n"]["forward_equivalents"] == 0
     judged = json.loads((chain / "rm" / "report.json").read_text())
     assert report["reward_models"] == {"rm": judged} and "spearman_gold" in judged
-    assert (report["prompts"], report["seed"], report["temperature"]) == (cfg.prompts, 0, 1.0)
+    assert (report["prompts"], report["seed"], report["temperature"]) == (cfg.prompts, 3, 1.0)
     text = (chain / "report.md").read_text()
     assert "What is 4-2 and 3-1?" in text and (chain / "report.png").stat().st_size > 10_000
 

@@ -19,14 +19,26 @@ import train_pretrain
 from data.chat import encode_chat, encode_prompt
 from data.gpt2 import (
     N_VOCAB,
+    check_tokenizer,
     export,
+    fast_tokenizer,
     load_gpt2,
     load_init,
+    read_bin,
     read_safetensors,
     write_safetensors,
 )
 from data.tokenizer import GPT2Tokenizer, make_tokenizer
-from gpt import GPT, GPTConfig, InputError, ScalarModel, generate, load_model
+from gpt import (
+    GPT,
+    GPTConfig,
+    InputError,
+    ScalarModel,
+    fingerprint,
+    generate,
+    load_model,
+    save_checkpoint,
+)
 
 CONFIG = dict(model_type="gpt2", n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=N_VOCAB)
 
@@ -69,6 +81,8 @@ def test_matrices_are_turned_round_and_all_else_is_copied(folder):
         turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         assert torch.equal(parameter, there[name].T if turned else there[name]), name
     assert checkpoint["tokenizer"] == {"kind": "gpt2"} and model.config.vocab_size == N_VOCAB + 4
+    expected = fingerprint(model.state_dict(), checkpoint["tokenizer"])
+    assert checkpoint["fingerprint"] == expected
 
 
 def test_chat_tokens_start_as_unlikely_as_any_other(folder, copy):
@@ -127,6 +141,15 @@ def test_logits_of_a_folder_are_those_of_transformers(tmp_path, safe, shard):
         (dict(n_inner=100), "n_inner is not 4 times n_embd"),
         (dict(n_layer=3), "no h.2.attn.c_attn.bias, .* in its files"),
         (dict(n_layer=1), "h.1.ln_1.weight is not a tensor of GPT-2"),
+        (dict(n_layer="2"), "config.json: n_layer is '2', not a whole number above 0"),
+        (dict(n_head=0), "config.json: n_head is 0, not a whole number above 0"),
+        (dict(n_head=3), "config.json: n_head 3 must divide n_embd 16"),
+        (dict(n_embd=None), "config.json: n_embd is None, not a whole number above 0"),
+        (dict(n_positions=True), "config.json: n_positions is True, not a whole number above 0"),
+        (dict(n_positions=math.inf), "config.json: n_positions is inf, not"),
+        (dict(n_layer=10**9), "config.json is that of a far larger model"),
+        (dict(vocab_size=[N_VOCAB]), r"config.json: vocab_size is \[50257\], but only"),
+        (dict(eos_token_id=0), "config.json: eos_token_id is 0, but only 50256 or"),
         (dict(n_embd=32), r"wte.weight is \(50257, 16\), but config.json asks for \(50257, 32\)"),
     ],
 )
@@ -146,7 +169,7 @@ def test_damaged_or_incomplete_folder_is_named_with_what_is_missing(copy):
     with pytest.raises(InputError, match="model.safetensors: truncated, or not a safetensors file"):
         load_gpt2(copy)
     weights.write_bytes((10).to_bytes(8, "little") + b"not a JSON")
-    with pytest.raises(InputError, match="model.safetensors: not a safetensors file"):
+    with pytest.raises(InputError, match="model.safetensors: truncated, or not a safetensors file"):
         load_gpt2(copy)
     weights.unlink()
     with pytest.raises(InputError, match="neither model.safetensors nor pytorch_model.bin"):
@@ -161,12 +184,177 @@ def test_damaged_or_incomplete_folder_is_named_with_what_is_missing(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json: not valid JSON"):
         load_gpt2(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json: not a JSON object"):
+        load_gpt2(copy)
     (copy / "config.json").unlink()
     with pytest.raises(InputError, match="cannot read .*config.json"):
         load_gpt2(copy)
     (copy / "ckpt.pt").touch()
     with pytest.raises(InputError, match="is the folder of a run: name its checkpoint, .*ckpt.pt"):
         load_gpt2(copy)
+
+
+PAIR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ([], "truncated, or not a safetensors file"),
+        ("[" * 100_000, "truncated, or not a safetensors file"),
+        ({"b": None}, "b cannot be read as None"),
+        ({"b": {"dtype": "F32"}}, "b cannot be read as {'dtype'"),
+        ({"b": PAIR | {"dtype": ["F32"]}}, "b cannot be read as"),
+        ({"b": PAIR | {"dtype": "I2"}}, "b cannot be read as"),
+        ({"b": PAIR | {"shape": [3]}}, "b cannot be read as"),
+        ({"b": PAIR | {"shape": [-1]}}, "b cannot be read as"),
+        ({"b": PAIR | {"shape": {}}}, "b cannot be read as"),
+        ({"b": PAIR | {"shape": [0, 10**30], "data_offsets": [0, 0]}}, "b cannot be read as"),
+        ({"b": PAIR | {"data_offsets": [8, 0]}}, "b cannot be read as"),
+        ({"b": PAIR | {"data_offsets": [-16, -8]}}, "b cannot be read as"),
+        ({"b": PAIR | {"data_offsets": ["0", "8"]}}, "b cannot be read as"),
+        ({"b": PAIR | {"data_offsets": [False, 8]}}, "b cannot be read as"),
+        ({"b": PAIR | {"data_offsets": [0]}}, "b cannot be read as"),
+        ({"b": PAIR | {"data_offsets": [12, 20]}}, "truncated in the middle of b"),
+        ({"b": PAIR, "c": PAIR | {"data_offsets": [4, 12]}}, "its tensors overlap, or there are"),
+        ({"c": PAIR | {"data_offsets": [8, 16]}}, "or there are gaps between them"),
+        ({"b": PAIR}, "or there are gaps between them"),  # 8 bytes that belong to nothing
+    ],
+)
+def test_header_that_does_not_describe_the_file_is_named_with_its_entry(tmp_path, header, message):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(InputError, match=f"{path}: .*{message}"):
+        read_safetensors(path)
+
+
+def test_header_longer_than_any_memory_is_a_truncated_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((10**18).to_bytes(8, "little") + b"{}")
+    with pytest.raises(InputError, match=f"{path}: truncated, or not a safetensors file"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [],
+        {},
+        {"weight_map": {}},
+        {"weight_map": ["model-1.safetensors"]},
+        {"weight_map": {"wte.weight": None}},
+        {"weight_map": {"wte.weight": ["model-1.safetensors"]}},
+        {"weight_map": {"wte.weight": "../model.safetensors"}},
+        {"weight_map": {"wte.weight": "/etc/passwd"}},
+        {"weight_map": {"wte.weight": ".."}},
+        {"weight_map": {"wte.weight": "\0"}},
+    ],
+)
+def test_index_that_leads_out_of_its_folder_or_nowhere_is_refused(copy, index):
+    shutil.copy(copy / "model.safetensors", copy.parent)
+    path = copy / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=str(path)):
+        load_gpt2(copy)
+
+
+def test_bin_of_other_things_than_tensors_is_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    for content in ([torch.zeros(2)], {"a": 1}, {"a": {"b": torch.zeros(2)}}, 3):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=f"{path}: cannot be read as a dict of tensors"):
+            read_bin(path)
+
+
+@pytest.mark.parametrize("value", [torch.full((16,), math.nan), torch.zeros(16).bool()])
+def test_weights_that_are_no_finite_numbers_are_named(copy, value):
+    torch.save(tensors() | {"ln_f.bias": value}, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="pytorch_model.bin: ln_f.bias is .*, or holds nan"):
+        load_gpt2(copy)
+
+
+def test_folder_with_another_tokenizer_of_the_same_size_is_refused(copy, monkeypatch):
+    tokens = [f"t{i}" for i in range(99)] + ["<|endoftext|>"]
+    merges = ["t1 t2", "t3 t4", "t12 t34"]
+    monkeypatch.setattr(data.gpt2, "N_VOCAB", 100)  # as if GPT-2's were these
+    monkeypatch.setattr(data.gpt2, "TOKENS", fingerprint(tokens))
+    monkeypatch.setattr(data.gpt2, "MERGES", fingerprint(merges))
+
+    def vocab_json(tokens):
+        return json.dumps({token: i for i, token in enumerate(tokens)})
+
+    def tokenizer_json(tokens, merges, end="<|endoftext|>"):
+        vocab = {token: i for i, token in enumerate(tokens)}
+        added = [{"content": end, "id": 99}, {"content": "<|user|>", "id": 101}]
+        return json.dumps({"model": {"vocab": vocab, "merges": merges}, "added_tokens": added})
+
+    swapped = [tokens[1], tokens[0], *tokens[2:]]
+    pairs = [pair.split() for pair in merges]  # as new versions write them
+    lines = ["#version: 0.2", *merges, ""]
+    right = {
+        "vocab.json": [vocab_json(tokens)],
+        "merges.txt": ["\n".join(lines)],
+        "tokenizer.json": [tokenizer_json(tokens, merges), tokenizer_json(tokens, pairs)],
+    }
+    wrong = {
+        "vocab.json": [vocab_json(swapped), "[]", '{"a": []}'],
+        "merges.txt": ["\n".join(lines[::-1]), ""],
+        "tokenizer.json": [
+            tokenizer_json(swapped, merges),
+            tokenizer_json(tokens, merges[::-1]),
+            tokenizer_json(tokens, merges, end="</s>"),
+            '{"model": 3}',
+            "{}",
+        ],
+    }
+    for name in right:
+        for text in right[name]:
+            (copy / name).write_text(text)
+            check_tokenizer(copy)
+        for text in wrong[name]:
+            (copy / name).write_text(text)
+            with pytest.raises(InputError, match=f"{copy}/{name}"):
+                load_gpt2(copy)
+        (copy / name).write_text(right[name][0])
+
+
+def test_fingerprints_of_gpt2s_tokenizer_are_those_of_its_vocabulary(copy):
+    if not gpt2_tokenizer_is_there():
+        pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR")
+    content = fast_tokenizer(GPT2Tokenizer())
+    content["added_tokens"] = [{"content": "<|endoftext|>", "id": 50256}]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    load_gpt2(copy)
+    content["model"]["merges"][7:9] = content["model"]["merges"][8:6:-1]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="tokenizer.json is another tokenizer than GPT-2's"):
+        load_gpt2(copy)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kind": "words"}, "'words' is no kind of it"),
+        ({"merges": None}, "'bpe' is no kind of it, or lacks its merges"),
+        ({"merges": [[32, 108], [256]]}, r"merge 1 is \[256\], not two ids below 257"),
+        ({"merges": [[32, 257]]}, r"merge 0 is \[32, 257\], not two ids below 256"),
+        ({"merges": [[-1, 32]]}, r"merge 0 is \[-1, 32\], not"),
+        ({"merges": [[1.0, 32]]}, r"merge 0 is \[1.0, 32\], not"),
+        ({"merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}, "two merges make the same token"),
+        ({"merges": [[97, 98]]}, "model_config has another vocab_size than its tokenizer, 262"),
+        ({"kind": "char", "characters": [97]}, "'char' is no kind of it, or lacks"),
+        ({"kind": "char", "characters": "aa"}, "characters has one of them twice"),
+    ],
+)
+def test_tokenizer_that_fits_no_model_is_named_with_its_file(tiny, tmp_path, changes, message):
+    parts = {"stage": "sft", "model": tiny.state_dict(), "model_config": tiny.config.__dict__}
+    tokenizer = {"kind": "bpe", "merges": [[32, 108]], **changes}
+    save_checkpoint(tmp_path / "ckpt.pt", {**parts, "tokenizer": tokenizer})
+    with pytest.raises(InputError, match=f"{tmp_path}/ckpt.pt: .*{message}"):
+        load_init(tmp_path / "ckpt.pt")
 
 
 def test_weights_are_mapped_and_not_read_into_memory(folder):
@@ -265,10 +453,10 @@ CHAT = [
 ]
 
 
-def check_export(model, tokenizer, out):
+def check_export(model, tokenizer, out, is_base=False):
     """transformers computes the same logits, tokens, conversation and greedy reply."""
     transformers = pytest.importorskip("transformers")
-    export(model, tokenizer, out)
+    export(model, tokenizer, out, is_base)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     fast = transformers.AutoTokenizer.from_pretrained(out)
     idx = torch.randint(model.config.vocab_size, (2, 20))
@@ -277,6 +465,19 @@ def check_export(model, tokenizer, out):
         ids = tokenizer.encode(text)
         assert fast(text, add_special_tokens=False)["input_ids"] == ids
         assert fast.decode(ids) == text
+    stop = tokenizer.eot if is_base else tokenizer.end
+    assert fast.eos_token_id == theirs.generation_config.eos_token_id == stop
+    if is_base:
+        assert fast.chat_template is None
+        prompt = [tokenizer.eot] + tokenizer.encode(TEXTS[0])
+        with torch.no_grad():  # the text that a greedy reply continues with ends soon
+            (ours,), _ = generate(model, [prompt], 3, temperature=0)
+            for each in (model.wte, theirs.transformer.wte):
+                each.weight[[stop, ours[2]]] = each.weight[[ours[2], stop]]
+        reply = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
+        (ours,), _ = generate(model, [prompt], 8, stop=stop, temperature=0)
+        assert reply[0].tolist() == prompt + ours and ours[-1] == stop and len(ours) < 8
+        return
     prompt = fast.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     assert prompt == encode_prompt(tokenizer, CHAT)
     assert fast.apply_chat_template(CHAT, return_dict=False) == encode_chat(tokenizer, CHAT)[0]
@@ -286,15 +487,16 @@ def check_export(model, tokenizer, out):
 
 
 @pytest.mark.reference
+@pytest.mark.parametrize("is_base", [False, True])
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_exported_model_talks_the_same_in_transformers(tokenizer, tmp_path, kind):
+def test_exported_model_talks_the_same_in_transformers(tokenizer, tmp_path, kind, is_base):
     if kind == "char":
         tokenizer = make_tokenizer("char", TEXTS + [message["content"] for message in CHAT], 0)
     torch.manual_seed(0)
     model = GPT(GPTConfig(tokenizer.n_vocab, context=96, n_layer=2, n_head=2, n_embd=16)).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    check_export(model, tokenizer, tmp_path)
+    check_export(model, tokenizer, tmp_path, is_base)
 
 
 @pytest.mark.reference
@@ -306,3 +508,34 @@ def test_exported_gpt2_talks_the_same_in_transformers_and_comes_back(folder, tmp
     again, _ = load_gpt2(tmp_path)
     assert torch.equal(again.head, model.head)
     assert torch.equal(again.h[1].mlp.c_fc.weight, model.h[1].mlp.c_fc.weight)
+
+
+def test_export_that_fails_leaves_the_earlier_one_or_nothing_that_loads(tiny, tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    tokenizer = make_tokenizer("char", ["".join(map(chr, range(65, 65 + 45)))], 0)
+    assert tokenizer.n_vocab == tiny.config.vocab_size
+    export(tiny, tokenizer, tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    with torch.no_grad():
+        tiny.wte.weight += 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (200, 10_000):  # bytes per file: the first fails at config.json, or at the weights
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            for name in ("old", "new"):
+                with pytest.raises(InputError, match=f"cannot export to .*{name}: .*too large"):
+                    export(tiny, tokenizer, tmp_path / name, is_base=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+        assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot export to .*file"):
+        export(tiny, tokenizer, tmp_path / "file")
+
+
+def test_export_into_the_folder_of_a_run_is_refused(tiny, tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(InputError, match="is the folder of a run: export to another"):
+        export(tiny, make_tokenizer("char", ["ab"], 0), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]

@@ -198,10 +198,27 @@ def last_tenth(rows):
     return rows[:cut], rows[cut:]
 
 
-def encoded(tokenizer, prompt, response=None):
-    """Ids of a prompt, or of a prompt with a response and its end."""
-    ids = [tokenizer.user, *tokenizer.encode(prompt), tokenizer.assistant]
-    return ids if response is None else [*ids, *tokenizer.encode(response), tokenizer.end]
+def encoded(tokenizer, turns, opened=False):
+    """Ids of what user and assistant say in turn; opened: the assistant has the word next."""
+    ids = []
+    for i, text in enumerate(turns):
+        opening, end = (tokenizer.assistant, tokenizer.end) if i % 2 else (tokenizer.user, None)
+        ids += [opening, *tokenizer.encode(text), *[end] * (end is not None)]
+    return ids + [tokenizer.assistant] * opened
+
+
+def learned_of(tokenizer, ids):
+    """Positions of the tokens that the assistant says, its end of turn included."""
+    positions, speaks = [], False
+    for i, token in enumerate(ids):
+        if speaks:
+            positions.append(i)
+        speaks = token != tokenizer.end and (speaks or token == tokenizer.assistant)
+    return positions
+
+
+def as_messages(turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(turns)]
 
 
 def log_p(model, ids, temperature=1.0):
@@ -210,9 +227,14 @@ def log_p(model, ids, temperature=1.0):
     return (logits / temperature).log_softmax(-1)
 
 
-def logprobs_of(model, ids, n):
-    """(n,): log-probabilities of the last n of ids, each given all that stands before it."""
-    return log_p(model, ids)[-n:][torch.arange(n), torch.tensor(ids[-n:])]
+def logprobs_of(model, ids, positions):
+    """log p of the tokens at some positions, each given all that stands before it."""
+    rows = log_p(model, ids)
+    return torch.stack([rows[i - 1, ids[i]] for i in positions])
+
+
+def last(n, ids):
+    return range(len(ids) - n, len(ids))
 
 
 def score_of(model, ids):
@@ -251,10 +273,12 @@ def is_time(number, n_steps, cfg):
 
 
 def said(model, tokenizer, texts, cfg):
-    """samples.txt: one response to each of these texts."""
-    prompts = [encoded(tokenizer, text) for text in texts]
+    """samples.txt: one response to each of these questions, or conversations that end with one."""
+    conversations = [[text] if isinstance(text, str) else text for text in texts]
+    prompts = [encoded(tokenizer, turns, opened=True) for turns in conversations]
     replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    return "".join(f"> {text}\n{reply.text}\n\n" for text, reply in zip(texts, replies))
+    pairs = zip(conversations, replies)
+    return "".join(f"> {turns[-1]}\n{reply.text}\n\n" for turns, reply in pairs)
 
 
 def on_screen(log, cfg, unit, *columns):
@@ -322,7 +346,7 @@ def pretraining_by_hand(cfg, model, tokenizer, texts, val_texts):
     for number in range(cfg.steps):
         rng = np.random.default_rng([cfg.seed, number])
         rows = [ids[i : i + cfg.context + 1] for i in rng.choice(starts, cfg.batch_size)]
-        losses = torch.cat([-logprobs_of(model, row, cfg.context) for row in rows])
+        losses = torch.cat([-logprobs_of(model, row, range(1, len(row))) for row in rows])
         losses.mean().backward()
         log.append({"loss": losses.mean().item(), "grad_norm": clip(model, cfg.grad_clip)})
         for optimizer, lr in optimizers:
@@ -332,7 +356,7 @@ def pretraining_by_hand(cfg, model, tokenizer, texts, val_texts):
             for i, end in zip(val_starts, [*val_starts[1:], len(val)]):
                 piece = val[i : end + 1]  # the token that opens the next document is predicted, too
                 if len(piece) > 1:
-                    total -= logprobs_of(model, piece, len(piece) - 1).sum().item()
+                    total -= logprobs_of(model, piece, range(1, len(piece))).sum().item()
             n_bytes = sum(len(text.encode()) for text in val_texts)
             log[-1] |= {"val_loss": total / (len(val) - 1)}
             log[-1] |= {"bits_per_byte": total / math.log(2) / n_bytes}
@@ -394,7 +418,7 @@ def test_pretraining_is_what_it_is_by_hand(
 def sft_by_hand(cfg, rows, val_rows):
     """The model, the log, the batches and the cost of a run of SFT.
 
-    rows: (ids, number of tokens of the response) of every conversation.
+    rows: (ids, positions of the tokens that are learned) of every conversation.
     """
     model, _ = load_model(cfg.init)
     optimizer, log, cost, batches = adamw(model), [], 0, []
@@ -402,7 +426,7 @@ def sft_by_hand(cfg, rows, val_rows):
         rng = np.random.default_rng([cfg.seed, epoch])
         batches += length_batches([len(ids) for ids, _ in rows], cfg.batch_size, rng)
     # Every token of every response counts the same, so all batches are divided by one number.
-    n_tokens = cfg.epochs * sum(n for _, n in rows) / len(batches)
+    n_tokens = cfg.epochs * sum(len(learned) for _, learned in rows) / len(batches)
     for number, batch in enumerate(batches):
         losses = torch.cat([-logprobs_of(model, *rows[i]) for i in batch])
         (losses.sum() / n_tokens).backward()
@@ -411,7 +435,7 @@ def sft_by_hand(cfg, rows, val_rows):
         cost += 3 * sum(len(rows[i][0]) for i in batch)
         if is_time(number, len(batches), cfg):
             with torch.no_grad():
-                losses = torch.cat([-logprobs_of(model, ids, n) for ids, n in val_rows])
+                losses = torch.cat([-logprobs_of(model, *row) for row in val_rows])
             log[-1]["val_loss"] = losses.mean().item()
     return model, log, batches, cost
 
@@ -419,29 +443,32 @@ def sft_by_hand(cfg, rows, val_rows):
 @pytest.mark.parametrize("source", ["town", "file"])
 def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots, source):
     cfg, shown = config("sft", models, init=f"{models}/base.pt"), SHOWN
-    asked = few(monkeypatch, "sft", "demonstrations", 80)
+    asked = few(monkeypatch, "sft", "demonstrations", 90)
     rows = demonstrations(24, cfg.seed, cfg.tasks)
-    val_rows = demonstrations(80, "validation", cfg.tasks, split="test")
-    if source == "file":
-        cfg.data = write(rows, models / "rows.jsonl")
+    val_rows = demonstrations(90, "validation", cfg.tasks, split="test")
+    talks, val_talks = (
+        [[message["content"] for message in row["messages"]] for row in some]
+        for some in (rows, val_rows)
+    )
+    if source == "file":  # where every third conversation has had an earlier turn
+        talks = [["Hi!", "Hello."] * (i % 3 == 0) + turns for i, turns in enumerate(talks)]
+        cfg.data = write([{"messages": as_messages(t)} for t in talks], models / "rows.jsonl")
     result = train_sft.main(cfg)
     town = [(24, cfg.seed, cfg.tasks), (500, "validation", cfg.tasks, "test")]
     assert asked == (town if source == "town" else [])
 
-    def sequences(rows):
-        """(ids, number of tokens of the response, prompt) of every row that fits the context."""
-        texts = [[message["content"] for message in row["messages"]] for row in rows]
-        found = [
-            (encoded(tokenizer, *two), len(tokenizer.encode(two[1])) + 1, two[0]) for two in texts
-        ]
-        return [row for row in found if len(row[0]) <= CONTEXT]
+    def fitting(talks):
+        pairs = [(encoded(tokenizer, turns), turns) for turns in talks]
+        return [(ids, turns) for ids, turns in pairs if len(ids) <= CONTEXT]
 
-    rows, val_rows = sequences(rows), sequences(val_rows)
-    assert len(rows) < 24
+    rows, val_rows = fitting(talks), fitting(val_talks)
+    assert len(rows) < 24 and len(val_rows) > 64  # of which 64 are read at a time
     if source == "file":
         rows, val_rows = last_tenth(rows)
-        shown = [prompt for *_, prompt in val_rows]
-    rows, val_rows = ([(ids, n) for ids, n, _ in some] for some in (rows, val_rows))
+        shown = [turns[:-1] for _, turns in val_rows]
+    rows, val_rows = (
+        [(ids, learned_of(tokenizer, ids)) for ids, _ in some] for some in (rows, val_rows)
+    )
     model, log, batches, cost = sft_by_hand(cfg, rows, val_rows)
     samples = said(model, tokenizer, shown, cfg)
     assert result == assert_same_run(cfg, "sft", plots, log, model, samples, cost)
@@ -450,12 +477,12 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     assert on_screen(log, cfg, "step", "loss", "val_loss") in printed
     room = sum(len(batch) * max(len(rows[i][0]) for i in batch) for batch in batches)
     padding = 1 - cfg.epochs * sum(len(ids) for ids, _ in rows) / room
-    ids, n = rows[0]
-    assert (
-        f"{len(rows)} conversations, {len(log)} steps of 9; {padding:.1%} of the batches is "
-        f"padding. One, with [[what is learned]]:\n    {tokenizer.show(ids[:-n])}"
-        f"[[{tokenizer.show(ids[-n:])}]]\n" in printed
-    )
+    said_first = f"{len(rows)} conversations, {len(log)} steps of 9; {padding:.1%} of the batches"
+    assert f"{said_first} is padding. One, with [[what is learned]]:\n    " in printed
+    shown = tokenizer.show(rows[0][0])
+    for part in ("<|assistant|>", "<|end|>"):
+        shown = shown.replace(part, {"<|assistant|>": part + "[[", "<|end|>": part + "]]"}[part])
+    assert f"\n    {shown}\n" in printed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -470,15 +497,27 @@ def some_pairs(folder, with_gold=True):
     )
     pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
     rows = annotate(tasks, pairs, tau=0.8, flip=0.0, seed=0)
-    if not with_gold:
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-    return write(rows, folder / "pairs.jsonl"), rows
+    for i, row in enumerate(rows):
+        row["turns"] = [row["prompt"]]
+        if not with_gold and i % 3 == 0:  # there has been an earlier turn
+            row["turns"] = ["Hi!", "Hello.", row["prompt"]]
+    if with_gold:
+        return write(rows, folder / "pairs.jsonl"), rows
+    sides = ("chosen", "rejected")
+    for row in rows:
+        del row["gold"], row["p"], row["kind"]
+    written = [
+        {"messages": as_messages(row["turns"]), **{side: row[side] for side in sides}}
+        for row in rows
+    ]
+    return write(written, folder / "pairs.jsonl"), rows
 
 
 def encode_pairs(tokenizer, rows):
     """(rows to train on, rows held out), each with the ids of both sides, (chosen, rejected)."""
     for row in rows:
-        row["sides"] = [encoded(tokenizer, row["prompt"], row[s]) for s in ("chosen", "rejected")]
+        talks = ([*row["turns"], row[side]] for side in ("chosen", "rejected"))
+        row["sides"] = [encoded(tokenizer, turns) for turns in talks]
         row["n"] = [len(tokenizer.encode(row[side])) + 1 for side in ("chosen", "rejected")]
         row["longer"] = max(map(len, row["sides"]))
     fitting = [row for row in rows if row["longer"] <= CONTEXT]
@@ -526,7 +565,7 @@ def reward_model_by_hand(cfg, tokenizer, rows, test_rows):
                 log[-1]["val_loss"] = loss.item()
 
     # Mean 0 and SD 1 on samples of the SFT model that have an end.
-    prompts = [encoded(tokenizer, row["prompt"]) for row in rows]
+    prompts = [encoded(tokenizer, row["turns"], opened=True) for row in rows]
     replies = sample_replies(sft, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
     ended = [prompt + reply.ids for prompt, reply in zip(prompts, replies) if reply.ended]
     assert 0 < len(ended) < len(prompts)
@@ -590,7 +629,8 @@ def dpo_by_hand(cfg, tokenizer, rows, test_rows, prompts, tasks):
 
     def both(row, model):
         """log p of the chosen and of the rejected response."""
-        return [logprobs_of(model, ids, n).sum() for ids, n in zip(row["sides"], row["n"])]
+        sides = zip(row["sides"], row["n"])
+        return [logprobs_of(model, ids, last(n, ids)).sum() for ids, n in sides]
 
     def describe(row):
         """(4,): the loss of a pair, its margin, and the log-ratios of both sides."""
@@ -619,12 +659,12 @@ def dpo_by_hand(cfg, tokenizer, rows, test_rows, prompts, tasks):
         if is_time(number, len(batches), cfg):
             with torch.no_grad():
                 pairs = torch.stack([describe(row) for row in test_rows])
-                asked = [encoded(tokenizer, prompt) for prompt in prompts]
+                asked = [encoded(tokenizer, turns, opened=True) for turns in prompts]
                 replies = sample_replies(model, tokenizer, asked, cfg.max_new_tokens, cfg.seed)
                 kl = 0.0  # log pi - log pi_ref of what pi says
                 for prompt, reply in zip(asked, replies):
-                    ids, n = prompt + reply.ids, len(reply.ids)
-                    kl += (logprobs_of(model, ids, n) - logprobs_of(ref, ids, n)).sum().item()
+                    where = prompt + reply.ids, last(len(reply.ids), prompt + reply.ids)
+                    kl += (logprobs_of(model, *where) - logprobs_of(ref, *where)).sum().item()
             log[-1] |= dict(
                 val_loss=pairs[:, 0].mean().item(),
                 val_accuracy=(pairs[:, 1] > 0).double().mean().item(),
@@ -648,7 +688,7 @@ def test_dpo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     assert asked == ([(150, "dpo", "test")] if with_gold else [])
     rows, test_rows = encode_pairs(tokenizer, rows)
     tasks = draw_tasks(12, "dpo", split="test") if with_gold else []
-    prompts = [task.prompt for task in tasks] or [row["prompt"] for row in test_rows]
+    prompts = [[task.prompt] for task in tasks] or [row["turns"] for row in test_rows]
     model, log, cost = dpo_by_hand(cfg, tokenizer, rows, test_rows, prompts, tasks)
     samples = said(model, tokenizer, SHOWN if with_gold else prompts[:8], cfg)
     if loss != "simpo":  # at step 0 all margins are 0 but for rounding: any accuracy will do
@@ -820,7 +860,8 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
 
     def encode(prompts, abouts):
         rows = [
-            (prompt, encoded(tokenizer, prompt), about) for prompt, about in zip(prompts, abouts)
+            (prompt, encoded(tokenizer, [prompt], opened=True), about)
+            for prompt, about in zip(prompts, abouts)
         ]
         fitting = [row for row in rows if len(row[1]) <= CONTEXT - cfg.max_new_tokens]
         assert len(fitting) < len(rows)

@@ -10,6 +10,7 @@ from data.tokenizer import (
     PATTERN,
     SPECIALS,
     CharTokenizer,
+    GPT2Tokenizer,
     load_tokenizer,
     make_tokenizer,
     train_bpe,
@@ -43,6 +44,36 @@ def test_random_characters_survive_the_round_trip(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_texts_of_few_characters_survive_the_round_trip_through_merges_of_their_own():
+    """Where merges overlap most: runs of the same letters, blanks and half characters."""
+    rng = random.Random(0)
+    for alphabet in ("a", "ab", "a ", " \n", "日本", "é🦉1_"):
+        texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(30)]
+        own = make_tokenizer("bpe", texts, 320)
+        assert len(own.state["merges"]) > 5
+        for text in texts:
+            assert own.decode(own.encode(text)) == text
+            assert max(own.encode(text)) < own.pad
+
+
+def test_a_million_blanks_are_read_or_refused(tokenizer, monkeypatch):
+    """As one pre-token they make tiktoken panic, which is not even an Exception."""
+    text = "a" + " " * 1_000_000 + "\n\nb"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(train_bpe(text, 300)) > 5
+    gpt2 = object.__new__(GPT2Tokenizer)  # without its vocabulary, which may not be here
+    with pytest.raises(InputError, match="a run of more than 900,000 blanks"):
+        gpt2.encode(text)
+
+
+def test_white_space_up_to_a_thousand_characters_is_split_as_in_gpt2():
+    unbounded = re.compile(r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choice(["a", "1", ".", " ", "\n", " " * 40]) for _ in range(25))
+        assert re.findall(PATTERN, text) == unbounded.findall(text)
+
+
 def test_special_tokens_are_five_different_ids_beyond_all_text(tokenizer):
     t = tokenizer
     specials = {t.pad, t.eot, t.user, t.assistant, t.end}
@@ -61,9 +92,12 @@ def test_a_word_is_the_same_token_at_the_start_of_a_text_and_inside_it(tokenizer
     assert ids[: len(ids) // 3] == ids[-(len(ids) // 3) :]
 
 
-def test_training_merges_what_a_recount_of_the_whole_text_would_merge():
-    """The fast version updates the counts of words it touches; this one starts over."""
+@pytest.mark.parametrize("script", ["Latin", "Chinese"])
+def test_training_merges_what_a_recount_of_the_whole_text_would_merge(script):
+    """The fast version counts again only beside what it merges; this one starts over."""
     text = " low lower lowest newer newest wide wider widest aaaa aaa low low new" * 3
+    if script == "Chinese":  # long words of three bytes a letter, with no blank between them
+        text = "低低下低下的低下的人，新人比新的人新。新新新人人人低人，" * 3
     words = [list(piece.encode()) for piece in re.findall(PATTERN, text)]
     merges = []
     for new in range(256, 280):
@@ -78,7 +112,7 @@ def test_training_merges_what_a_recount_of_the_whole_text_would_merge():
                 if (word[i], word[i + 1]) == best:
                     word[i : i + 2] = [new]
                 i += 1
-    assert train_bpe(text, 280 + 5) == merges
+    assert train_bpe(text, 280 + 5) == merges and len(merges) > 20
 
 
 def test_encoding_applies_merges_in_the_order_they_were_learned(tokenizer):

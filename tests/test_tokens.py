@@ -67,6 +67,7 @@ def test_shards_are_read_without_their_header(tmp_path):
         (shard([1, 2], count=2**31 - 1), "ids.bin: not as long as its header says"),
         (shard([1, 2], count=-1), "ids.bin: not as long as its header says"),
         (shard([])[:500], "ids.bin: not as long as its header says"),
+        (shard([])[:4], "ids.bin: not as long as its header says"),
     ],
 )
 def test_files_of_ids_that_cannot_be_right_are_named(tmp_path, content, message):

@@ -4,12 +4,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from tiny_runs import ROOT, SCRIPTS, interrupt, prepare, run, same
+from tiny_runs import SCRIPTS, interrupt, prepare, run, same
 
 from data.evaluate import Config as Evaluation
 from data.evaluate import evaluate
@@ -115,19 +113,39 @@ def test_a_prompt_may_be_empty_and_begins_no_conversation(runs, monkeypatch, cap
         assert capsys.readouterr().out.startswith(reply.text or "(nothing:")
 
 
-def test_a_model_is_not_exported_over_a_run(runs, tmp_path):
+def test_a_model_is_not_exported_over_a_run_and_stops_where_it_used_to(runs, tmp_path):
+    """A base model at the end of its document, the others at the end of their turn."""
     before = contents(runs)
-    with pytest.raises(ValueError, match="sft is the folder of a run: name another one"):
-        Talk(out=str(runs), export=str(runs / "sft"))
-    talk(Talk(out=str(runs), ckpt=str(runs / "sft/ckpt.pt"), export=str(tmp_path / "mine")))
-    assert contents(runs) == before and (tmp_path / "mine" / "model.safetensors").exists()
+    with pytest.raises(InputError, match="sft is the folder of a run"):
+        talk(Talk(out=str(runs), export=str(runs / "sft")))
+    for name, end in (("pretrain", "<|endoftext|>"), ("sft", "<|end|>")):
+        where = tmp_path / f"exported {name}"
+        talk(Talk(ckpt=str(runs / name / "ckpt.pt"), export=str(where)))
+        assert json.loads((where / "tokenizer_config.json").read_text())["eos_token"] == end
+    assert contents(runs) == before
 
 
-def test_a_conversation_goes_on_until_the_end_of_the_input(chain):
-    command = [sys.executable, "gpt.py", "--ckpt", str(chain / "sft" / "ckpt.pt")]
-    text = "Hello\n\n" + "long " * 200 + "\n"
-    said = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True)
-    assert said.returncode == 0 and "the context of sft has 96" in said.stdout
+def test_a_conversation_goes_on_until_the_end_of_the_input(chain, monkeypatch, capsys):
+    """With another seed for each answer; what is too long is not answered, and nothing ends."""
+    inputs = ["Hello", "", "long " * 200, " Hello "]
+
+    def type_in(_):
+        if not inputs:
+            raise EOFError
+        return inputs.pop(0)
+
+    monkeypatch.setattr("builtins.input", type_in)
+    path, how = chain / "sft" / "ckpt.pt", dict(temperature=0.9, top_k=40, top_p=0.8)
+    talk(Talk(ckpt=str(path), seed=5, max_new_tokens=7, **how))
+    first, *said = capsys.readouterr().out.split("\n")
+    assert first.startswith(f"You are talking to {path}.")
+    speaker = Speaker(path)
+    replies = [speaker.answer(["Hello"], 7, seed, **how)[0] for seed in (5, 8)]
+    words = [(r.text or "(nothing: for this model the text ends here)", r.ended) for r in replies]
+    answers = [text + ("" if ended else " ...") for text, ended in words]
+    tokens = len(speaker.encode(("long " * 200).strip()))
+    too_long = f"that is {tokens} tokens, and the context of sft has 96"
+    assert "\n".join(said) == "\n".join([answers[0], too_long, answers[1], "", ""])
 
 
 def test_without_any_model_there_is_nobody_to_talk_to(tmp_path):
@@ -165,7 +183,7 @@ def test_one_damaged_or_foreign_checkpoint_is_named_and_the_others_are_reported(
     assert list(report["stages"]) == "base sft best_of_n ppo foreign dpo".split()
     assert report["stages"]["foreign"]["kl_to_sft"] is None  # of other tokens
     said = capsys.readouterr().out
-    assert f"left out: {runs}/damaged/ckpt.pt is damaged, or not a checkpoint" in said
+    assert f"left out: {runs}/damaged/ckpt.pt is " in said
     assert "judge is left out" in said and "another tokenizer" in said
     talk(Talk(out=str(runs), ckpt=str(runs / "sft" / "ckpt.pt"), prompt="Hi"))
     assert "damaged" not in capsys.readouterr().out  # nobody asked for it
