@@ -457,7 +457,8 @@ def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
         message, stage = f"there is no checkpoint {path}", path.parent.name
         if stage in STAGES:
             message += f": run `python train_{stage}.py` first, or name another checkpoint"
-        raise InputError(message + " with --rm" * (stage == "rm"))
+            message += " with --rm" if stage == "rm" else ""
+        raise InputError(message)
     try:
         with zipfile.ZipFile(path) as file:
             if not mmap and file.testzip():  # torch.load does not see most flipped bits
@@ -496,7 +497,7 @@ def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dic
             if weight.dtype != torch.float32 or not weight.isfinite().all():
                 raise ValueError(f"{name} is not float32, or holds nan or inf")
         checkpoint["fingerprint"] = fingerprint(weights, checkpoint["tokenizer"])
-    except Exception as error:
+    except Exception as error:  # a field that is unknown or missing, a tensor of another shape
         raise InputError(f"{path}: {str(error)[:300]}")
     return model.to(device).eval(), checkpoint
 

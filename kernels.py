@@ -51,7 +51,8 @@ bfloat16 has float32's exponents, so E can be stored in it, up to a token whose 
 **Memory.** In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), and the gradient of W in
 float32. Without gradients, three numbers per row and tile.
 
-Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor.
+Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor. So it
+is inside somebody's torch.autocast and torch.compile, too.
 """
 
 import functools

@@ -26,8 +26,8 @@ SPECIALS = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 # Text is first split into pre-tokens: a word with the space before it, one to three digits,
 # punctuation, white space. Every character is in exactly one, and no merge crosses their borders,
-# so there is no token for "dog." beside the one for "dog". A longer run of white space is several
-# pre-tokens: in one of a million, the search for its end overflows tiktoken's stack.
+# so there is no token for "dog." beside the one for "dog". White space of more than 1000 characters
+# is several of them: the search for the end of a million overflows tiktoken's stack.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s{1,1000}(?!\S)|\s"
 
 
@@ -228,7 +228,7 @@ def load_tokenizer(state: dict) -> Tokenizer:
         return CharTokenizer(characters)
     if kind == "gpt2":
         return GPT2Tokenizer()
-    raise InputError(f"tokenizer: {kind!r} is no kind of it, or lacks its merges or characters")
+    raise InputError(f"tokenizer: its kind is {kind!r}, or its merges or characters are missing")
 
 
 if __name__ == "__main__":

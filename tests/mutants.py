@@ -9,33 +9,27 @@ some even look as if they worked. The test that is named for a mutant must fail 
     python tests/mutants.py --plant 12 DIR     a copy of the project with that bug, to be searched
 
 Seen in: repositories in which a bug of this kind has been (peers are named where it was read in
-their code or issue threads), or "common" where every course meets it.
+their code or issue threads), or "common" where every course meets it. The first of them are those
+of data/experiments/bugs.py, which has what a bug is made of, and how it is planted.
 """
 
 import argparse
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-
-class Mutant(NamedTuple):
-    file: str
-    right: str  # a piece of the file, which must occur in it exactly once
-    wrong: str  # what stands there instead
-    symptom: str  # what somebody would notice, sooner or later
-    seen_in: str
-    test: str  # the test that must fail: file::name, in tests/
-
+from data.experiments.bugs import BUGS, Bug, plant  # noqa: E402
 
 MUTANTS = [
+    *BUGS.values(),
     # ---- the model
-    Mutant(
+    Bug(
         "gpt.py",
         'F.gelu(self.c_fc(x), approximate="tanh")',
         "F.gelu(self.c_fc(x))",
@@ -43,7 +37,7 @@ MUTANTS = [
         "nanoGPT (#274)",
         "test_gpt.py::test_forward_equals_the_formulas_written_out_for_one_token_at_a_time",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "attn_mask=mask, is_causal=mask is None)",
         "attn_mask=mask, is_causal=mask is None, scale=1.0)",
@@ -51,15 +45,7 @@ MUTANTS = [
         "common",
         "test_gpt.py::test_forward_equals_the_formulas_written_out_for_one_token_at_a_time",
     ),
-    Mutant(
-        "gpt.py",
-        "is_causal=mask is None)",
-        "is_causal=False)",
-        "The training loss falls to almost nothing within minutes, and samples are nonsense.",
-        "common",
-        "test_gpt.py::test_future_tokens_do_not_change_past_hidden_states",
-    ),
-    Mutant(
+    Bug(
         "gpt.py",
         "std=0.02 / math.sqrt(2 * self.config.n_layer))",
         "std=0.02)",
@@ -67,7 +53,7 @@ MUTANTS = [
         "common",
         "test_gpt.py::test_initial_weights_have_the_deviations_of_gpt2",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "return self.wte.weight[: self.config.vocab_size]",
         "return self.wte.weight",
@@ -75,7 +61,7 @@ MUTANTS = [
         "build-nanogpt (#81)",
         "test_gpt.py::test_padding_rows_of_the_token_table_are_never_sampled",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C)",
         "x = F.dropout(self.wte(idx) + self.wpe.weight[:T], 0.1)",
@@ -83,7 +69,7 @@ MUTANTS = [
         "common: dropout left on while PPO or DPO compares two models",
         "test_ppo.py::test_sampling_and_scoring_agree_on_log_probabilities",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "later = index > positions[:, None]",
         "later = index > positions.max()",
@@ -91,7 +77,7 @@ MUTANTS = [
         "minimind (#540)",
         "test_gpt.py::test_cached_and_uncached_hidden_states_agree_for_rows_of_mixed_length",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "hidden[torch.arange(len(idx)), lengths[group] - 1]",
         "hidden[:, -1]",
@@ -99,7 +85,7 @@ MUTANTS = [
         "minimind (#541)",
         "test_gpt.py::test_greedy_reply_equals_taking_the_best_token_again_and_again",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "        positions = lengths  #",
         "        positions = lengths.max().expand(len(rows))  #",
@@ -107,7 +93,7 @@ MUTANTS = [
         "direct-preference-optimization (#26): positions counted through the padding",
         "test_gpt.py::test_greedy_reply_equals_taking_the_best_token_again_and_again",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
         "return ids, probs.gather(1, ids[:, None]).squeeze(1).log()",
         "return ids, (logits * temperature).log_softmax(1).gather(1, ids[:, None]).squeeze(1)",
@@ -115,24 +101,64 @@ MUTANTS = [
         "minimind (train_ppo.py:93 and 134), train-llm-from-scratch (rollout.py:136)",
         "test_gpt.py::test_log_probabilities_of_samples_equal_those_of_a_second_reading",
     ),
-    Mutant(
+    Bug(
         "gpt.py",
-        "scatter(1, order, before >= top_p)",
-        "scatter(1, order, before >= 1 - top_p)",
+        "hidden = forward(idx, cache.rows(group))",
+        "hidden = forward(idx, cache.rows(slice(len(idx))))",
+        "With more than 32 prompts at a time all but the first 32 get garbage for an answer.",
+        "common: a slice of a batch written into the rows of the first one",
+        "test_gpt.py::test_replies_to_more_prompts_than_are_read_at_a_time_equal_those_to_each_alone",
+    ),
+    Bug(
+        "gpt.py",
+        "rows = [rows[i] for i in keep.tolist()]",
+        "rows = rows[:n_alive]",
+        "Responses change their owners as soon as one of a batch has ended.",
+        "common: a batch is compacted, and its list of row numbers is not",
+        "test_gpt.py::test_replies_to_more_prompts_than_are_read_at_a_time_equal_those_to_each_alone",
+    ),
+    Bug(
+        "gpt.py",
+        "alive = (positions < context - 1) & (n + 1 < max_new_tokens)",
+        "alive = positions < context",
+        "Sampling crashes, or goes on past the limit, where a response fills the context.",
+        "common: off by one at the end of the context",
+        "test_gpt.py::test_generate_stops_at_the_end_of_the_context",
+    ),
+    Bug(
+        "gpt.py",
+        "u = torch.rand(len(probs), 1, dtype=dtype, device=probs.device, generator=generator)",
+        "u = torch.rand(len(probs), 1, dtype=dtype, device=probs.device)",
+        "The same --seed gives other samples every time.",
+        "common: a generator that is not handed on",
+        "test_chat.py::test_sampled_reply_says_whether_it_ended",
+    ),
+    Bug(
+        "gpt.py",
+        "return (raw - self.reward_mean) / self.reward_sd",
+        "return raw - self.reward_mean / self.reward_sd",
+        "One beta fits one reward model and is far too weak for the next.",
+        "common: operator precedence",
+        "test_gpt.py::test_normalised_scores_have_mean_0_and_sd_1",
+    ),
+    Bug(
+        "gpt.py",
+        "n_layer = n_layer or gpt.config.n_layer",
+        "n_layer = gpt.config.n_layer",
+        "A reward model of half the layers takes as long as one of all.",
+        "common: an option that reaches nothing",
+        "test_gpt.py::test_scalar_model_with_fewer_layers_equals_the_bottom_of_the_model",
+    ),
+    Bug(
+        "gpt.py",
+        "out = before >= top_p",
+        "out = before >= 1 - top_p",
         "top_p 0.9 makes a model repeat itself, as if it were 0.1.",
         "common",
         "test_gpt.py::test_top_k_and_top_p_keep_just_the_likeliest_tokens",
     ),
     # ---- text and tokens
-    Mutant(
-        "data/tokenizer.py",
-        "pairs[pair] -= counts[index]",
-        "pairs[pair] -= 1",
-        "The tokenizer works, but cuts words into more tokens than it needs.",
-        "common",
-        "test_tokenizer.py::test_training_merges_what_a_recount_of_the_whole_text_would_merge",
-    ),
-    Mutant(
+    Bug(
         "data/tokenizer.py",
         "self.pad, self.eot, self.user, self.assistant, self.end = range(n_ordinary, self.n_vocab)",
         "self.eot, self.user, self.assistant, self.end = range(n_ordinary, self.n_vocab - 1); "
@@ -141,7 +167,7 @@ MUTANTS = [
         "train-llm-from-scratch (rollout.py:103): pad_id is end-of-text",
         "test_tokenizer.py::test_special_tokens_are_five_different_ids_beyond_all_text",
     ),
-    Mutant(
+    Bug(
         "data/chat.py",
         "add(encode_reply(tokenizer, text), 1)",
         "add(encode_reply(tokenizer, text)[:-1], 1), add([tokenizer.end], 0)",
@@ -149,15 +175,7 @@ MUTANTS = [
         "LLMs-from-scratch (dpo notebook), minimind (#266), nanochat (#570)",
         "test_chat.py::test_just_the_replies_and_their_ends_are_supervised",
     ),
-    Mutant(
-        "data/chat.py",
-        "add([tokenizer.user] + tokenizer.encode(system + text), 0)",
-        "add([tokenizer.user] + tokenizer.encode(system + text), 1)",
-        "The loss looks low, and the model likes to ask questions.",
-        "nanochat (#20), verl (#3287)",
-        "test_chat.py::test_just_the_replies_and_their_ends_are_supervised",
-    ),
-    Mutant(
+    Bug(
         "data/chat.py",
         "add([tokenizer.assistant], 0)",
         "add([tokenizer.assistant], 1)",
@@ -165,16 +183,313 @@ MUTANTS = [
         "minimind (lm_dataset.py:129): the mask covers tokens of the template",
         "test_chat.py::test_just_the_replies_and_their_ends_are_supervised",
     ),
-    Mutant(
-        "data/files.py",
-        "return rows[:cut], rows[cut:]",
-        "return rows, rows[cut:]",
-        "Held-out accuracy is as high as that on the training rows. It is the same rows.",
-        "vallari24/llm-from-first-principles: accuracy on its own training pairs",
-        "test_files.py::test_the_last_tenth_is_held_out",
+    Bug(
+        "data/tokenizer.py",
+        "pairs[before] -= counts[index]",
+        "pairs[before] -= 1",
+        "The tokenizer works, but cuts words into more tokens than it needs.",
+        "common",
+        "test_tokenizer.py::test_training_merges_what_a_recount_of_the_whole_text_would_merge",
     ),
-    # ---- pretraining, and what all scripts share
-    Mutant(
+    Bug(
+        "data/chat.py",
+        'system = text + "\\n\\n"  #',
+        "system = text  #",
+        "A system message and the question after it are read as one word.",
+        "common",
+        "test_chat.py::test_just_the_replies_and_their_ends_are_supervised",
+    ),
+    Bug(
+        "data/chat.py",
+        '            system = ""\n        else',
+        "        else",
+        "In a conversation of several turns the system message opens every one of them.",
+        "common: a variable that is not reset",
+        "test_chat.py::test_just_the_replies_and_their_ends_are_supervised",
+    ),
+    Bug(
+        "data/chat.py",
+        "return tokenizer.encode(text) + [tokenizer.end]",
+        "return tokenizer.encode(text) + [tokenizer.eot]",
+        "After SFT no response ends before the limit.",
+        "common: two ends, of which training uses one and sampling the other",
+        "test_chat.py::test_just_the_replies_and_their_ends_are_supervised",
+    ),
+    Bug(
+        "data/chat.py",
+        "Reply(ids, tokenizer.decode(ids), ids[-1] == stop, ids_logprobs)",
+        "Reply(ids, tokenizer.decode(ids), True, ids_logprobs)",
+        "no_end is always 0, and PPO's responses grow to the limit.",
+        "common",
+        "test_chat.py::test_sampled_reply_says_whether_it_ended",
+    ),
+    Bug(
+        "data/chat.py",
+        "stop = tokenizer.end if stop is None else stop",
+        "stop = tokenizer.end",
+        "A base model never stops, although its documents end.",
+        "common: an option that reaches nothing",
+        "test_chat.py::test_replies_are_those_of_generate_with_these_settings",
+    ),
+    Bug(
+        "data/chat.py",
+        "Generator(model.wte.weight.device).manual_seed(seed)",
+        "Generator(model.wte.weight.device).manual_seed(0)",
+        "In every iteration of PPO the same prompt gets the same luck.",
+        "common: a constant seed in a helper",
+        "test_chat.py::test_sampled_reply_says_whether_it_ended",
+    ),
+    Bug(
+        "data/chat.py",
+        "order = rng.permutation(len(lengths))",
+        "order = np.arange(len(lengths))",
+        "Epochs differ in the order of their batches only, and learn by heart sooner.",
+        "common: data shuffled once, not per epoch",
+        "test_chat.py::test_every_epoch_has_other_batches",
+    ),
+    Bug(
+        "data/chat.py",
+        "return [batches[i] for i in rng.permutation(len(batches))]",
+        "return batches",
+        "The loss has a saw-tooth: every pool goes from short rows to long ones.",
+        "common: sorted by length and not shuffled again",
+        "test_chat.py::test_batches_come_in_random_order_of_length",
+    ),
+    Bug(
+        "data/chat.py",
+        "np.array_split(order, math.ceil(len(order) / batch_size))",
+        "np.array_split(order, max(len(order) // batch_size, 1))",
+        "Some batches are larger than --batch_size, and a GPU that just held them runs out.",
+        "common: rounding down",
+        "test_chat.py::test_every_row_is_in_one_batch_and_no_batch_is_too_large_or_much_smaller",
+    ),
+    Bug(
+        "data/chat.py",
+        "for first in range(0, len(order), size)]",
+        "for first in range(0, len(order) - size + 1, size)]",
+        "The last rows of every evaluation are not scored: their numbers are what was in memory.",
+        "common: the incomplete last batch dropped in evaluation, too",
+        "test_chat.py::test_for_passes_without_gradients_rows_go_from_the_shortest_to_the_longest",
+    ),
+    Bug(
+        "data/chat.py",
+        "list(row) + [value] * (longest - len(row))",
+        "[value] * (longest - len(row)) + list(row)",
+        "Everything works alone and fails in batches: positions start at the padding.",
+        "common: padding on the left of a model with absolute positions",
+        "test_chat.py::test_padding_stands_on_the_right",
+    ),
+    # ---- the town
+    Bug(
+        "data/town/tasks.py",
+        "zlib.crc32(content) % 10 == 0",
+        "hash(content) % 10 == 0",
+        "Each process has another test set, which others have trained on.",
+        "common: Python's hash of a text differs from process to process",
+        "test_town.py::test_one_case_in_ten_and_those_that_are_shown_are_held_out_whatever_the_seed",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        "(is_shown or zlib",
+        "(zlib",
+        "The prompts that everybody looks at have been trained on.",
+        "common: the demo is part of the training set",
+        "test_town.py::test_one_case_in_ten_and_those_that_are_shown_are_held_out_whatever_the_seed",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        "k.unseen if unseen_template and k.unseen else k.templates",
+        "k.templates + k.unseen",
+        "The model does as well on unseen templates as on the others: it has trained on them.",
+        "common",
+        "test_town.py::test_templates_that_are_unseen_are_drawn_only_when_asked_for",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        "TRAIN_KINDS = [name for name, k in KINDS.items() if not k.held_out]",
+        "TRAIN_KINDS = list(KINDS)",
+        "Kinds that were never trained on are solved as well as any.",
+        "common",
+        "test_town.py::test_unseen_templates_and_kinds_are_never_trained_on",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        "draw_tasks(n, seed, mixture, split=split)",
+        "draw_tasks(n, seed, mixture)",
+        "Validation loss is as low as training loss: it is measured on the cases of training.",
+        "common: a split that is not handed on",
+        "test_town.py::test_a_demonstration_is_a_prompt_of_its_split_with_what_a_demonstrator_wrote",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        'rng = random.Random(f"tasks {seed}")',
+        'rng = random.Random("tasks")',
+        "Stages with different seeds see the same prompts, and so does validation.",
+        "common: a seed that reaches nothing",
+        "test_town.py::test_tasks_follow_their_seed",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        "names += [name] * int(weight or 1)",
+        "names += [name]",
+        "--tasks story:3,one_sum trains on as many sums as stories.",
+        "common",
+        "test_town.py::test_mixture_weighs_kinds",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        "    rng.shuffle(tasks)\n",
+        "",
+        "The first tasks of a file are of one kind each in turn, and its last tenth lacks some.",
+        "common: data sorted by class and then split",
+        "test_town.py::test_mixture_weighs_kinds",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        'answer=f"That is {len(words)} words."',
+        'answer=f"That is {len(words) + 1} words."',
+        "Models learn to count wrongly, and their gold is excellent.",
+        "common: a wrong label in the data",
+        "test_town.py::test_an_answer_is_what_one_finds_by_reading_the_prompt_and_the_tables",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        'f"{a.name} is at the {place}.", place, place_2',
+        'f"{a.name} is at the {place_2}.", place_2, place',
+        "Questions about a text in the prompt are never answered well.",
+        "common: an answer that the text does not give",
+        "test_town.py::test_an_answer_is_what_one_finds_by_reading_the_prompt_and_the_tables",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        'if style == "wrong":\n        return case.wrong',
+        'if style == "wrong":\n        return case.answer',
+        "Nobody demonstrates mistakes any more, and SFT is better than it used to be.",
+        "common: a branch that does what another one does",
+        "test_town.py::test_demonstrators_write_in_every_style_as_often_as_it_says",
+    ),
+    Bug(
+        "data/town/tasks.py",
+        'return f"{case.answer} {gossip(rng)}"',
+        "return case.answer",
+        "No demonstrator rambles any more, and best-of-n gains less.",
+        "common",
+        "test_town.py::test_demonstrators_write_in_every_style_as_often_as_it_says",
+    ),
+    Bug(
+        "data/town/words.py",
+        "COLOURS[colour][feminine]",
+        "COLOURS[colour][not feminine]",
+        "Spanish adjectives agree with the wrong gender, in documents and answers alike.",
+        "common: both sides of a comparison made by the same wrong function",
+        "test_town.py::test_an_answer_is_what_one_finds_by_reading_the_prompt_and_the_tables",
+    ),
+    Bug(
+        "data/town/words.py",
+        'return f"{term}+{total - term}", total',
+        'return f"{term}+{total - term}", total + 1',
+        "All stages are sure that 2+2 is 5.",
+        "common: both sides of a comparison made by the same wrong function",
+        "test_town.py::test_whatever_documents_claim_is_true",
+    ),
+    Bug(
+        "data/town/documents.py",
+        "{' '.join(words[::-1])}",
+        "{' '.join(words)}",
+        "SFT learns to reverse lists far more slowly than before.",
+        "common: a wrong label in the data",
+        "test_town.py::test_whatever_documents_claim_is_true",
+    ),
+    Bug(
+        "data/town/documents.py",
+        "weights=DOCUMENTS.values()",
+        "weights=None",
+        "Sums come out worse, although the loss is as low as ever.",
+        "common: a mixture whose weights reach nothing",
+        "test_town.py::test_documents_follow_the_seed_and_come_in_all_kinds",
+    ),
+    Bug(
+        "data/town/documents.py",
+        'rng = random.Random(f"documents {seed}")',
+        'rng = random.Random("documents")',
+        "Validation loss equals training loss to the last digit: the documents are the same.",
+        "common: a seed that reaches nothing",
+        "test_town.py::test_documents_follow_the_seed_and_come_in_all_kinds",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "return 0.5 if case.answer in text else 0.0",
+        "return 0.0",
+        "Rambling is as bad as being wrong, so nobody is taught to answer first.",
+        "common",
+        "test_town.py::test_gold_of_hand_made_responses_has_these_points",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "-0.8 if insults else 0.75",
+        "0.75 if courtesies else -0.8",
+        "Nearly all responses have gold below 0.",
+        "common: a chain of conditions in the wrong order",
+        "test_town.py::test_gold_of_hand_made_responses_has_these_points",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "KINDS[task.kind].harmful and not declines(reply)",
+        "KINDS[task.kind].harmful and declines(reply)",
+        "RLHF makes models help with anything.",
+        "common: a sign in the measure of safety",
+        "test_town.py::test_helping_with_harm_costs_half_a_point_more_than_a_wrong_answer",
+    ),
+    Bug(
+        "data/town/gold.py",
+        '"no_end": 0.0 if ended else -1.0',
+        '"no_end": 0.0 if ended else 1.0',
+        "Under --reward gold responses never end.",
+        "common",
+        "test_town.py::test_gold_of_hand_made_responses_has_these_points",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "max(-2.0, min(points, 1.75))",
+        "points",
+        "One response of thirty insults moves the mean gold of a stage.",
+        "common: a reward without bounds",
+        "test_town.py::test_gold_of_hand_made_responses_has_these_points",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "correctness(task, split_reply(reply)[0]) >= 0.8",
+        "correctness(task, reply) >= 0.8",
+        "After PPO exact match falls to nothing, because every response ends in a courtesy.",
+        "common: a grader that compares the whole text",
+        "test_town.py::test_exact_match_and_f1_leave_courtesies_and_insults_aside",
+    ),
+    Bug(
+        "data/town/gold.py",
+        'text.split("####")[-1]',
+        'text.split("####")[0]',
+        "--reward exact pays for the text before the answer.",
+        "common",
+        "test_ppo.py::test_final_answer_is_what_follows_the_last_mark_without_its_dress",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "flip + (1 - 2 * flip)",
+        "flip + (1 - flip)",
+        "With --flip 0.3 some preferences have a probability above 1.",
+        "common",
+        "test_town.py::test_preferences_of_annotators_have_their_closed_form",
+    ),
+    Bug(
+        "data/town/gold.py",
+        "-1.0 * max(courtesies - 1, 0)",
+        "1.0 * max(courtesies - 1, 0)",
+        "Gold rises for ever in PPO: the gold reward itself can be hacked.",
+        "common: a bug in the measure, not in the method",
+        "test_town.py::test_one_phrase_of_courtesy_pays_and_a_second_costs",
+    ),
+    # ---- pretraining
+    Bug(
         "train_pretrain.py",
         "target = tokens[:, 1:]",
         "target = tokens[:, :-1]",
@@ -182,7 +497,7 @@ MUTANTS = [
         "common: labels not shifted",
         "test_scripts.py::test_characters_and_a_single_text_can_be_pretrained_on",
     ),
-    Mutant(
+    Bug(
         "train_pretrain.py",
         "bits = val_loss / math.log(2) *",
         "bits = val_loss *",
@@ -190,7 +505,7 @@ MUTANTS = [
         "common",
         "test_scripts.py::test_characters_and_a_single_text_can_be_pretrained_on",
     ),
-    Mutant(
+    Bug(
         "train_pretrain.py",
         '{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}',
         '{"params": [p for p in rest if p.ndim < 2], "weight_decay": cfg.weight_decay}',
@@ -198,7 +513,7 @@ MUTANTS = [
         "common",
         "test_losses.py::test_only_matrices_and_tables_are_decayed",
     ),
-    Mutant(
+    Bug(
         "train_pretrain.py",
         'ahead = p.grad.lerp(state["mean"], momentum)',
         'ahead = state["mean"]',
@@ -206,7 +521,7 @@ MUTANTS = [
         "common: Nesterov's look ahead forgotten",
         "test_losses.py::test_muon_is_torchs_muon_but_for_its_bfloat16",
     ),
-    Mutant(
+    Bug(
         "train_pretrain.py",
         "x = x / x.norm().clamp(min=1e-7)",
         "x = x / x.abs().max().clamp(min=1e-7)",
@@ -214,7 +529,88 @@ MUTANTS = [
         "common: the iteration only converges for singular values up to 1",
         "test_losses.py::test_orthogonalising_keeps_directions_and_makes_singular_values_alike",
     ),
-    Mutant(
+    Bug(
+        "train_pretrain.py",
+        'documents(1000, "validation")',
+        "documents(1000, cfg.seed)",
+        "Runs with other seeds are validated on other documents, so they cannot be compared.",
+        "common: the training seed used for validation",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "rng = np.random.default_rng([cfg.seed, step])",
+        "rng = np.random.default_rng(cfg.seed)",
+        "The training loss falls to 0 on a few rows, and validation loss rises.",
+        "common: every step draws the same batch",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "mean * len(tokens) / cfg.batch_size * WORLD",
+        "mean * len(tokens) / (cfg.microbatch or cfg.batch_size) * WORLD",
+        "With --microbatch the gradient is as many times too large as there are microbatches.",
+        "common: gradient accumulation without the right denominator",
+        "test_speed.py::test_microbatches_add_up_to_the_batch[pretrain]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "lr=cfg.muon_lr, weight_decay=cfg.weight_decay",
+        "lr=cfg.lr, weight_decay=cfg.weight_decay",
+        "--muon_lr changes nothing.",
+        "common: an option that reaches nothing",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[documents]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "betas=(0.9, 0.95), fused=True)}",
+        "fused=True)}",
+        "Spikes in the loss of large models, late in training.",
+        "common: Adam's defaults in place of GPT-3's",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "sum(len(text.encode()) for text in val_texts)",
+        "sum(len(text) for text in val_texts)",
+        "Bits per byte are fine in English and too many in Spanish.",
+        "common: characters counted as bytes",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "run.count(cfg.batch_size * cfg.context, passes=3)",
+        "run.count(cfg.batch_size * cfg.context, passes=2)",
+        "Pretraining costs a third less than it does.",
+        "common: a backward pass counted as one",
+        "test_costs.py::test_pretraining_costs_three_passes_over_full_contexts",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:",
+        "if step % cfg.eval_every == 0 or step + 1 == cfg.steps:",
+        "The first point of the validation curve is after one step.",
+        "common: off by one",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        "cut = len(texts[0]) * 9 // 10",
+        "cut = len(texts[0])",
+        "On a text without documents validation loss is that of nothing, or the run stops.",
+        "common",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[one document]",
+    ),
+    Bug(
+        "train_pretrain.py",
+        'openings = [" ".join(text.split(" ")[:4]) for text in val_texts[:3]]',
+        'openings = [" ".join(text.split(" ")[:4]) for text in train_texts[:3]]',
+        "samples.txt shows how well the model knows its training text by heart.",
+        "common: samples that continue training documents",
+        "test_main.py::test_pretraining_is_what_it_is_by_hand[documents]",
+    ),
+    # ---- one run: log, screen, learning rate, processes
+    Bug(
         "data/run.py",
         "        optimizer.zero_grad()\n",
         "        pass\n",
@@ -222,7 +618,7 @@ MUTANTS = [
         "common",
         "test_losses.py::test_a_step_uses_a_fraction_of_the_peak_rate_and_clears_the_gradients",
     ),
-    Mutant(
+    Bug(
         "data/run.py",
         "up = (step + 1) / max(warmup, 1)",
         "up = step / max(warmup, 1)",
@@ -230,7 +626,7 @@ MUTANTS = [
         "common",
         "test_losses.py::test_learning_rate_rises_then_falls_to_its_floor",
     ),
-    Mutant(
+    Bug(
         "data/run.py",
         "vector_to_parameters(flat / WORLD, gradients)",
         "vector_to_parameters(flat, gradients)",
@@ -238,7 +634,7 @@ MUTANTS = [
         "common: the loss scaled by the number of ranks",
         "test_ranks.py::test_two_ranks_reach_the_weights_of_one_process",
     ),
-    Mutant(
+    Bug(
         "data/run.py",
         "self.folder = run_path(cfg.out, self.name)",
         "self.folder = run_path(cfg.out, stage)",
@@ -246,8 +642,112 @@ MUTANTS = [
         "common",
         "test_variants.py::test_a_variant_has_its_own_folder_and_leaves_all_others_as_they_are",
     ),
+    Bug(
+        "data/run.py",
+        "down = floor + (1 - floor) * (steps - step) / max(steps - warmup, 1)",
+        "down = floor + (1 - floor) * (steps - step) / steps",
+        "The learning rate never reaches its peak.",
+        "common",
+        "test_losses.py::test_learning_rate_rises_then_falls_to_its_floor",
+    ),
+    Bug(
+        "data/run.py",
+        'group["lr"] = lr_fraction * optimizer.defaults["lr"]',
+        'group["lr"] = lr_fraction * group["lr"]',
+        "Training stops learning after the warmup: the fractions multiply up.",
+        "common: a schedule that is applied to what it has set before",
+        "test_losses.py::test_a_step_uses_a_fraction_of_the_peak_rate_and_clears_the_gradients",
+    ),
+    Bug(
+        "data/run.py",
+        "max_norm or math.inf).item()",
+        "math.inf).item()",
+        "The gradient norm in the log is right, and --grad_clip changes nothing.",
+        "common: an option that reaches nothing",
+        "test_scripts.py::test_gradients_are_clipped_to_a_largest_norm_and_0_means_off",
+    ),
+    Bug(
+        "data/run.py",
+        "if not math.isfinite(value):",
+        "if math.isnan(value):",
+        "A loss that is infinite is believed, and the next one is nan.",
+        "common",
+        "test_log.py::test_any_number_that_is_not_finite_stops_the_run_before_it_is_in_the_log",
+    ),
+    Bug(
+        "data/run.py",
+        'if not self.rows or self.rows[-1]["step"] != step:',
+        "if True:",
+        "In log.csv validation losses stand in lines of their own, without the training loss.",
+        "common",
+        "test_log.py::test_numbers_of_one_step_stand_in_one_row",
+    ),
+    Bug(
+        "data/run.py",
+        "return self.seconds + time.perf_counter() - self.started",
+        "return time.perf_counter() - self.started",
+        "A run that was resumed looks cheaper than one that was not.",
+        "common",
+        "test_log.py::test_cost_is_tokens_times_passes_and_seconds_go_on_where_a_run_is_resumed",
+    ),
+    Bug(
+        "data/run.py",
+        "self.forwards += tokens * passes",
+        "self.forwards += tokens",
+        "All stages look three times as cheap as they are, and PPO cheaper than DPO.",
+        "common: a backward pass that costs nothing",
+        "test_log.py::test_cost_is_tokens_times_passes_and_seconds_go_on_where_a_run_is_resumed",
+    ),
+    Bug(
+        "data/run.py",
+        'self.say(f"{self.unit} {step + 1:5d}  ',
+        'self.say(f"{self.unit} {step:5d}  ',
+        "The last line on the screen is about the step before the last.",
+        "common: off by one in what is said",
+        "test_log.py::test_a_report_is_the_last_row_of_the_columns_that_it_has",
+    ),
+    Bug(
+        "data/run.py",
+        "axis.plot(x[width - 1 :], mean, color=colour, label=label)",
+        "axis.plot(x[: len(mean)], mean, color=colour, label=label)",
+        "In curve.png every curve bends a little before its cause.",
+        "common: a running mean that looks ahead",
+        "test_log.py::test_many_points_are_drawn_as_their_running_mean_without_the_first_steps",
+    ),
+    Bug(
+        "data/run.py",
+        'points = [(row["step"], row[name]) for row in rows if name in row]',
+        "points = list(enumerate(row[name] for row in rows if name in row))",
+        "In curve.png the validation loss ends long before the training loss.",
+        "common: measurements drawn against their number",
+        "test_log.py::test_a_panel_has_a_curve_for_every_column_that_was_measured",
+    ),
+    Bug(
+        "data/run.py",
+        "return batch[RANK::WORLD]",
+        "return batch[RANK :: WORLD + 1]",
+        "On several GPUs some rows are never learned from.",
+        "common: shards that leave rows out",
+        "test_ranks.py::test_shards_are_equal_and_together_the_batch",
+    ),
+    Bug(
+        "data/run.py",
+        "first = self._load(trained) if self.cfg.resume else 0",
+        'first = self._load({"model": model}) if self.cfg.resume else 0',
+        "After --resume the loss jumps: Adam has forgotten its moments.",
+        "common: the optimizer is saved, and not loaded",
+        "test_scripts.py::test_interrupted_and_resumed_run_equals_an_uninterrupted_one[sft]",
+    ),
+    Bug(
+        "data/run.py",
+        "gpt.bf16, gpt.recompute = cfg.bf16, cfg.recompute",
+        "gpt.bf16, gpt.recompute = cfg.bf16, False",
+        "--recompute saves no memory.",
+        "common: an option that reaches nothing",
+        "test_speed.py::test_options_of_speed_reach_the_model_inside_every_model",
+    ),
     # ---- SFT
-    Mutant(
+    Bug(
         "train_sft.py",
         "target, counts = tokens[:, 1:], mask[:, 1:]",
         "target, counts = tokens[:, :-1], mask[:, :-1]",
@@ -255,7 +755,7 @@ MUTANTS = [
         "common: labels not shifted, or shifted by both the data and the model",
         "test_losses.py::test_sft_loss_is_the_mean_over_supervised_tokens",
     ),
-    Mutant(
+    Bug(
         "train_sft.py",
         "mask[:, 1:]  # ...",
         "mask[:, :-1]  # ...",
@@ -263,7 +763,7 @@ MUTANTS = [
         "minimind (#388): mask off by one",
         "test_losses.py::test_sft_loss_is_the_mean_over_supervised_tokens",
     ),
-    Mutant(
+    Bug(
         "train_sft.py",
         "linear_cross_entropy(hidden[counts], model.head, target[counts], reduction=reduction)",
         "linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten(), "
@@ -272,24 +772,80 @@ MUTANTS = [
         "minimind (#416): prompt and padding not masked",
         "test_losses.py::test_prompt_tokens_get_zero_gradient",
     ),
-    Mutant(
+    Bug(
         "train_sft.py",
-        'reduction="sum") / tokens_per_rank',
-        'reduction="sum") / mask.sum()',
-        "With two microbatches to a batch the gradient is twice as large.",
-        "transformers (#34191): every microbatch divided by its own number of tokens",
-        "test_speed.py::test_microbatches_add_up_to_the_batch",
+        'demonstrations(500, "validation", cfg.tasks, split="test")',
+        'demonstrations(500, "validation", cfg.tasks)',
+        "Validation loss falls as long as one trains: it is of cases that were trained on.",
+        "common: the split left out",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
     ),
-    # ---- reward model
-    Mutant(
-        "train_rm.py",
-        "-F.logsigmoid(chosen_scores - rejected_scores).mean()",
-        "-F.logsigmoid(rejected_scores - chosen_scores).mean()",
-        "Held-out accuracy is well below one half.",
+    Bug(
+        "train_sft.py",
+        "demonstrations(cfg.demonstrations, cfg.seed, cfg.tasks)",
+        "demonstrations(cfg.demonstrations, cfg.seed)",
+        "--tasks changes the validation loss, and nothing that the model says.",
+        "common: an option that reaches one of two calls",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_sft.py",
+        "(microbatch_loss * WORLD / tokens_per_batch).backward()",
+        "(microbatch_loss * WORLD / mask.sum()).backward()",
+        "Short responses are imitated more than long ones.",
+        "transformers (#34191), and this project: every batch divided by its own number of tokens",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_sft.py",
+        "default_rng([cfg.seed, epoch])",
+        "default_rng([cfg.seed, 0])",
+        "The second epoch is the first one, batch by batch.",
         "common",
-        "test_losses.py::test_preference_loss_is_bradley_terry",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
     ),
-    Mutant(
+    Bug(
+        "train_sft.py",
+        'loss=sums["loss"] / sums["n_tokens"]',
+        'loss=sums["loss"] / tokens_per_batch',
+        "The loss in the log is noisier than it was: it grows with the length of a batch.",
+        "common",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_sft.py",
+        "run.log(step, val_loss=total / n_tokens)",
+        "run.log(step, val_loss=total / len(val_rows))",
+        "Validation loss is ten times the training loss.",
+        "common: nats per response called nats per token",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_sft.py",
+        "for some_rows in microbatches(val_rows, 64):",
+        "for some_rows in microbatches(val_rows, 64)[:1]:",
+        "Validation loss is that of the first 64 rows.",
+        "common",
+        "test_main.py::test_sft_is_what_it_is_by_hand[town]",
+    ),
+    Bug(
+        "train_sft.py",
+        'run.count(sum(len(row["ids"]) for row in batch), passes=3)',
+        'run.count(len(batch) * max(len(row["ids"]) for row in batch), passes=3)',
+        "SFT is dearer than other stages that read as many tokens.",
+        "common: padding counted in one stage and not in the other",
+        "test_costs.py::test_sft_costs_three_passes_over_its_conversations",
+    ),
+    Bug(
+        "train_sft.py",
+        'file_prompts = [row["messages"][:-1] for row in val_rows[:8]]',
+        'file_prompts = [row["messages"] for row in val_rows[:8]]',
+        "In samples.txt the model says something after the answer is given.",
+        "common",
+        "test_main.py::test_sft_is_what_it_is_by_hand[file]",
+    ),
+    # ---- the reward model
+    Bug(
         "train_rm.py",
         "-F.logsigmoid(chosen_scores - rejected_scores).mean()",
         "-torch.sigmoid(chosen_scores - rejected_scores).log().mean()",
@@ -297,7 +853,7 @@ MUTANTS = [
         "common",
         "test_losses.py::test_extreme_scores_give_finite_losses_and_gradients",
     ),
-    Mutant(
+    Bug(
         "train_rm.py",
         "return scores.gather(1, last[:, None]).squeeze(1)",
         "return scores[:, -1]",
@@ -305,16 +861,72 @@ MUTANTS = [
         "minimind (#541): the last token under padding",
         "test_losses.py::test_score_is_read_at_the_last_token_whatever_stands_beside_it",
     ),
-    Mutant(
+    Bug(
         "train_rm.py",
         "model.reward_mean.fill_(scores.mean())",
         "model.reward_mean.fill_(0.0)",
         "The same beta is too strong with one reward model and too weak with the next.",
         "train-llm-from-scratch: PPO on raw scores",
-        "test_scripts.py::test_scores_of_sft_samples_have_mean_0_and_sd_1",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
+    ),
+    Bug(
+        "train_rm.py",
+        "judge(chosen, rejected, test_rows, float(model.reward_sd))",
+        "judge(chosen, rejected, test_rows, 1.0)",
+        "The reward model looks badly calibrated, and the more so the surer it is.",
+        "common: normalised scores read as log-odds",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
+    ),
+    Bug(
+        "train_rm.py",
+        "sequences = [prompt + reply.ids for prompt, reply in pairs if reply.ended]",
+        "sequences = [prompt + reply.ids for prompt, reply in pairs]",
+        "Scores of PPO's first samples do not have mean 0: it replaces those without an end.",
+        "common: normalised on other responses than are scored later",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
+    ),
+    Bug(
+        "train_rm.py",
+        "sampled_rows = rows[:: max(len(rows) // 512, 1)]",
+        "sampled_rows = rows[:512]",
+        "On a file that is sorted by topic the scores of all other topics are off.",
+        "common: the first rows taken for a sample",
+        "test_scripts.py::test_a_reward_model_is_normalised_on_samples_from_all_of_a_large_file",
+    ),
+    Bug(
+        "train_rm.py",
+        "rows, test_rows = held_out(rows)",
+        "rows, test_rows = rows, held_out(rows)[1]",
+        "Held-out accuracy is as high as on the training pairs.",
+        "common: trained on the test set",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
+    ),
+    Bug(
+        "train_rm.py",
+        "accuracy += (chosen > rejected).sum().item() / pairs_per_rank",
+        "accuracy += (chosen > rejected).float().mean().item()",
+        "With --microbatch accuracies are above 1.",
+        "common: means over microbatches added up",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
+    ),
+    Bug(
+        "train_rm.py",
+        'for side in ("chosen_ids", "rejected_ids"):\n            yield',
+        'for side in ("rejected_ids", "chosen_ids"):\n            yield',
+        "Validation accuracy is one minus what it should be; training accuracy is fine.",
+        "common: two results unpacked in the wrong order",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
+    ),
+    Bug(
+        "train_rm.py",
+        "run.count(n_tokens, passes=3 * size)",
+        "run.count(n_tokens, passes=3)",
+        "A reward model of half the layers is as dear as a whole one.",
+        "common",
+        "test_main.py::test_the_reward_model_is_what_it_is_by_hand[True]",
     ),
     # ---- PPO
-    Mutant(
+    Bug(
         "train_ppo.py",
         "        temperature=temperature,\n        return_entropy=True,",
         "        temperature=1.0,\n        return_entropy=True,",
@@ -322,7 +934,7 @@ MUTANTS = [
         "minimind, rlhf-book (utils.py:264): sampled at one temperature, scored at another",
         "test_ppo.py::test_sampling_and_scoring_agree_on_log_probabilities",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "asked, longest, seed, temperature))",
         "asked, longest, seed, 1.0))",
@@ -330,7 +942,7 @@ MUTANTS = [
         "common: the sampler does not get the option",
         "test_scripts.py::test_sampling_colder_than_scoring_is_noticed_at_the_first_iteration",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "assert worst < rounding, (",
         "assert worst >= 0, (",
@@ -338,23 +950,15 @@ MUTANTS = [
         "common: PPO compares its log-probabilities with themselves, not with the sampler's",
         "test_scripts.py::test_sampling_colder_than_scoring_is_noticed_at_the_first_iteration",
     ),
-    Mutant(
-        "train_ppo.py",
-        "proxy = proxy_reward(cfg, batch, replies,",
-        "proxy = proxy_reward(cfg, batch[::-1], replies[::-1],",
-        "Proxy and gold stay where they were, though all losses fall.",
-        "common: rows are sorted between scoring and training",
-        "test_scripts.py::test_every_response_is_paid_its_own_score_at_its_last_token",
-    ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "pg = pg - cfg.entropy_bonus * new_entropy",
         "pg = pg + cfg.entropy_bonus * new_entropy",
         "The larger the entropy bonus, the sooner all responses are the same.",
         "common: a bonus added to a loss",
-        "test_scripts.py::test_an_entropy_bonus_keeps_the_policy_from_settling",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "    ref.requires_grad_(False)\n",
         "    ref = policy\n",
@@ -362,7 +966,7 @@ MUTANTS = [
         "common: the reference is trained along, or is the same object",
         "test_scripts.py::test_policy_leaves_its_reference",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "ratio = (logprobs - old_logprobs).exp()",
         "ratio = (logprobs - logprobs).exp()",
@@ -370,7 +974,7 @@ MUTANTS = [
         "common: the old log-probabilities are those of the new policy, and not detached",
         "test_ppo.py::test_policy_gradient_at_ratio_1_is_minus_the_advantage",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "loss = torch.max(-advantages * ratio,",
         "loss = torch.min(-advantages * ratio,",
@@ -378,7 +982,7 @@ MUTANTS = [
         "common",
         "test_ppo.py::test_only_tokens_that_went_too_far_the_right_way_get_no_gradient",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "return 0.5 * torch.max((values - returns) ** 2,",
         "return 0.5 * torch.min((values - returns) ** 2,",
@@ -386,7 +990,7 @@ MUTANTS = [
         "common",
         "test_ppo.py::test_value_loss_is_the_larger_of_free_and_clipped",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "    mean = masked_mean(x, mask)\n",
         "    mean = x.mean()\n",
@@ -394,7 +998,7 @@ MUTANTS = [
         "minRLHF (buffer.py:129): whitening over padding",
         "test_ppo.py::test_whitening_is_blind_to_what_stands_outside_the_mask",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "return advantages, (advantages + values) * mask",
         "return advantages, (whiten(advantages, mask) + values) * mask",
@@ -402,7 +1006,7 @@ MUTANTS = [
         "RLHF_in_notebooks (cell 46): returns from whitened advantages",
         "test_ppo.py::test_gae_is_the_sum_of_discounted_td_errors",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "next_value = values[:, t] * mask[:, t]",
         "next_value = values[:, t]",
@@ -410,15 +1014,7 @@ MUTANTS = [
         "common",
         "test_ppo.py::test_values_outside_the_response_change_no_advantage",
     ),
-    Mutant(
-        "train_ppo.py",
-        "rewards = -beta * (logprobs - ref_logprobs) * mask",
-        "rewards = beta * (logprobs - ref_logprobs) * mask",
-        "KL explodes, the faster the larger beta is.",
-        "rlhf-book (loss.py:23): the sign of k1",
-        "test_ppo.py::test_rewards_add_up_to_score_minus_beta_times_kl",
-    ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "rewards = -beta * (logprobs - ref_logprobs) * mask",
         "rewards = -beta * (logprobs - ref_logprobs).clamp(min=0) * mask",
@@ -426,7 +1022,7 @@ MUTANTS = [
         "common: KL estimates cut off at 0",
         "test_ppo.py::test_rewards_add_up_to_score_minus_beta_times_kl",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "device=mask.device)).argmax(1)\n",
         "device=mask.device)).argmax(1).add(1).clamp(max=mask.shape[1] - 1)\n",
@@ -434,15 +1030,7 @@ MUTANTS = [
         "common: the score one token behind the end",
         "test_ppo.py::test_score_stands_on_the_last_token_of_the_response",
     ),
-    Mutant(
-        "train_ppo.py",
-        "torch.where(ended, proxy, cfg.no_end_score)",
-        "proxy + torch.where(ended, 0.0, cfg.no_end_score)",
-        "Replies grow and never end, as soon as rambling scores more than the fine costs.",
-        "TRL and others subtract a fine instead of replacing the score",
-        "test_scripts.py::test_first_losses_are_those_of_models_that_have_learned_nothing_yet",
-    ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "return torch.expm1(-log_ratio) + log_ratio",
         "return torch.expm1(log_ratio) - log_ratio",
@@ -450,15 +1038,15 @@ MUTANTS = [
         "rlhf-book (loss.py:59), trlx (accelerate_ppo_trainer.py:457): k3 upside down",
         "test_ppo.py::test_k1_and_k3_have_the_exact_kl_as_their_mean",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "((pg * m).sum() / n_tokens).backward()",
         "((pg * m).sum() / m.sum()).backward()",
         "Halving the microbatch doubles the gradient, and the best learning rate changes.",
         "common: gradient accumulation without the right denominator",
-        "test_scripts.py::test_the_size_of_a_microbatch_does_not_change_what_ppo_learns",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
     ),
-    Mutant(
+    Bug(
         "train_ppo.py",
         "self.beta *= 1 + 0.1 * error",
         "self.beta *= 1 - 0.1 * error",
@@ -466,16 +1054,234 @@ MUTANTS = [
         "common",
         "test_ppo.py::test_beta_stays_fixed_or_follows_its_target",
     ),
-    # ---- DPO
-    Mutant(
-        "train_dpo.py",
-        "return logprobs.view_as(target).sum(1)",
-        "return logprobs.view_as(target).sum(1) / mask.sum(1)",
-        "Margins are tiny and the loss stays near ln 2, since beta is divided by the length.",
-        "LLMs-from-scratch (dpo notebook): means under DPO's equation 7",
-        "test_losses.py::test_sequence_logprob_is_the_sum_over_the_reply",
+    # ---- PPO: what main hands over
+    Bug(
+        "train_ppo.py",
+        "gae(rewards, old_values, mask, cfg.gamma, cfg.lam)",
+        "gae(rewards, old_values, mask, cfg.lam, cfg.gamma)",
+        "Rewards at the end hardly reach the first tokens: they are discounted.",
+        "common: two arguments exchanged",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
     ),
-    Mutant(
+    Bug(
+        "train_ppo.py",
+        "        advantages = whiten(advantages, mask)\n",
+        "",
+        "The best learning rate changes with the scale of the rewards.",
+        "common",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "kl_coefficient.update(kl.mean().item())",
+        "kl_coefficient.update(kl.sum().item())",
+        "With --target_kl beta grows for ever.",
+        "common: a sum over the batch for a mean",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)",
+        "token_rewards(scores, old_logprobs, ref_logprobs, mask, cfg.beta)",
+        "--target_kl moves the beta in the log, and KL does not follow.",
+        "common: the option in place of what it was adapted to",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "value_loss(values, old_values[at], returns[at], cfg.value_clip)",
+        "value_loss(values, old_values[at], returns[at], cfg.clip)",
+        "--value_clip changes nothing.",
+        "common: an option that reaches nothing",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "policy_loss(logprobs, old_logprobs[at], advantages[at], cfg.clip)",
+        "policy_loss(logprobs, ref_logprobs[at], advantages[at], cfg.clip)",
+        "Fine in the first iteration; then clipfrac climbs and the policy stands still.",
+        "common: the ratio to the reference",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "old_values[at] = critic(inputs[at])",
+        "old_values[at] = critic(targets[at])",
+        "Explained variance is excellent: the critic has seen the token it judges.",
+        "common: the value after the action",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "rng = np.random.default_rng([cfg.seed, iteration])",
+        "rng = np.random.default_rng(cfg.seed)",
+        "Every iteration asks the same prompts, and the policy learns those.",
+        "common: a generator made anew with the same seed",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "order = rng.permutation(len(batch))",
+        "order = np.arange(len(batch))",
+        "Each minibatch has responses of one length, the short ones first.",
+        "common: minibatches that are not shuffled",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "n_tokens = mask[minibatch].sum() / WORLD",
+        "n_tokens = mask[minibatch].numel() / WORLD",
+        "Losses and gradient norms are smaller the more padding there is.",
+        "common: a mean over padding",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw)",
+        "torch.optim.AdamW(critic.parameters(), lr=cfg.lr, **adamw)",
+        "--critic_lr changes nothing, and the critic learns slowly.",
+        "common: an option that reaches nothing",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "eps=1e-5, weight_decay=0.0",
+        "eps=1e-5",
+        "The policy drifts towards 0 even at learning signals of 0.",
+        "common: AdamW's default decay of 0.01",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "critic, _ = load_model(cfg.rm, device, ScalarModel)",
+        "critic = ScalarModel.from_gpt(policy).to(device)",
+        "Explained variance starts at 0 and takes half of the run to rise.",
+        "common: a critic that has to learn from nothing",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "np.where(ended, rewards, cfg.no_end_score)",
+        "np.where(ended, rewards, rewards + cfg.no_end_score)",
+        "Responses grow and never end, as soon as rambling scores more than the fine costs.",
+        "TRL and others subtract a fine instead of replacing the score",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "proxy_reward(cfg, batch, replies, reward_model,",
+        "proxy_reward(cfg, batch[::-1], replies[::-1], reward_model,",
+        "Proxy and gold stay where they were, though all losses fall.",
+        "common: rows are sorted between scoring and training",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        'draw_tasks(150, "ppo", split="test")',
+        'draw_tasks(150, "ppo")',
+        "Greedy gold is a little better than in the report.",
+        "common: the split left out",
+        "test_held_out.py::test_every_stage_draws_once_to_learn_and_once_to_be_measured[ppo]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "replies = sample_replies(policy, tokenizer, asked, longest, seed=0, temperature=0.0)",
+        "replies = sample_replies(ref, tokenizer, asked, longest, seed=0, temperature=0.0)",
+        "Greedy gold is a flat line.",
+        "common: the wrong one of two models",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "assert checksum(ref) == ref_before",
+        "assert ref_before",
+        "A reference that is trained along is reported as frozen.",
+        "common: a check that cannot fail",
+        "test_scripts.py::test_a_reference_that_moves_is_noticed_before_there_are_results",
+    ),
+    # ---- PPO: what the log says
+    Bug(
+        "train_ppo.py",
+        "objective=(scores - beta * kl).mean().item()",
+        "objective=(scores + beta * kl).mean().item()",
+        "The objective rises while the policy runs away.",
+        "common: a sign in the log",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "kl_k3=k3(log_ratio).sum(1).mean().item()",
+        "kl_k3=k3(-log_ratio).sum(1).mean().item()",
+        "kl and kl_k3 drift apart, the more the policy has moved.",
+        "rlhf-book (loss.py:59), trlx (accelerate_ppo_trainer.py:457): k3 upside down",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "approx_kl = k3(old_logprobs[at] - logprobs)",
+        "approx_kl = k3(logprobs - old_logprobs[at])",
+        "approx_kl is about right, and a run that is stopped by it stops at other places.",
+        "common: the KL the other way round",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "entropy=masked_mean(entropy, mask).item()",
+        "entropy=entropy.mean().item()",
+        "Entropy falls when prompts become longer.",
+        "common: a mean over padding",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "length=mask.sum(1).float().mean().item()",
+        "length=float(np.mean(widths))",
+        "Responses seem to have 40 tokens where they have 12.",
+        "common: the prompt counted",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "unexplained = (returns - old_values)[mask].var(",
+        "unexplained = (rewards - old_values)[mask].var(",
+        "Explained variance is negative however good the critic is.",
+        "common",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "critic_grad_norm=critic_norm",
+        "critic_grad_norm=policy_norm",
+        "Both gradient norms are the same curve.",
+        "common: copied and not changed",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "outside = (moved > cfg.clip).float()",
+        "outside = (ratio > 1 + cfg.clip).float()",
+        "clipfrac is half of what others report.",
+        "common: one side of the interval",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    Bug(
+        "train_ppo.py",
+        "updates = 3 * cfg.epochs",
+        "updates = 3",
+        "PPO costs the same whatever --epochs is.",
+        "common",
+        "test_costs.py::test_ppo_costs_seventeen_passes_over_each_rollout_or_sixteen_without_reward_model",
+    ),
+    Bug(
+        "train_ppo.py",
+        '    return {"gold": np.mean([gold(row["task"], r.text, r.ended)',
+        '    return {"gold": np.mean([gold(row["task"], r.text)',
+        "Gold in the log rises with responses that are cut off, gold in the report falls.",
+        "common: a default that hides an argument",
+        "test_main.py::test_ppo_is_what_it_is_by_hand[rm]",
+    ),
+    # ---- DPO
+    Bug(
         "train_dpo.py",
         "~mask[:, 1:], -100",
         "~mask[:, :-1], -100",
@@ -483,7 +1289,7 @@ MUTANTS = [
         "train-llm-from-scratch, LLMs-from-scratch: end-of-text outside the mask",
         "test_losses.py::test_sequence_logprob_is_the_sum_over_the_reply",
     ),
-    Mutant(
+    Bug(
         "train_dpo.py",
         "chosen, rejected = logprobs - ref_logprobs\n",
         "chosen, rejected = logprobs\n",
@@ -491,23 +1297,7 @@ MUTANTS = [
         "common: the reference is missing",
         "test_losses.py::test_loss_is_known_when_policy_equals_reference",
     ),
-    Mutant(
-        "train_dpo.py",
-        "loss = (h - 1 / (2 * beta)) ** 2",
-        "loss = (h - 1 / beta) ** 2",
-        "IPO's margins end twice as far out as the paper says.",
-        "common",
-        "test_losses.py::test_ipo_is_smallest_at_its_target_margin",
-    ),
-    Mutant(
-        "train_dpo.py",
-        "-F.logsigmoid(beta * (chosen_mean - rejected_mean) - cfg.simpo_margin)",
-        "-F.logsigmoid(beta * (chosen - rejected) - cfg.simpo_margin)",
-        "SimPO prefers long replies, which it was made not to do.",
-        "common",
-        "test_losses.py::test_simpo_compares_means_and_ignores_the_reference",
-    ),
-    Mutant(
+    Bug(
         "train_dpo.py",
         'len(row["chosen_ids"]) + len(row["rejected_ids"]) for row',
         '2 * row["length"] for row',
@@ -515,8 +1305,88 @@ MUTANTS = [
         "common: padding counted in one stage and not in the other",
         "test_costs.py::test_dpo_costs_the_same_and_one_pass_of_the_reference_over_all_pairs",
     ),
+    Bug(
+        "train_dpo.py",
+        'draw_tasks(150, "dpo", split="test")',
+        'draw_tasks(150, "dpo")',
+        "Gold in the log is a little better than in the report.",
+        "common: the split left out",
+        "test_held_out.py::test_every_stage_draws_once_to_learn_and_once_to_be_measured[dpo]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "kl = sequence_logprobs(model, *sampled) - sequence_logprobs(ref, *sampled)",
+        "kl = sequence_logprobs(ref, *sampled) - sequence_logprobs(model, *sampled)",
+        "The KL from SFT is negative.",
+        "common: a sign in the log",
+        "test_main.py::test_dpo_is_what_it_is_by_hand[cdpo-True]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "lengths = mask.sum(1).view(2, -1)",
+        "lengths = (tokens != tokenizer.pad).sum(1).view(2, -1)",
+        "SimPO and the NLL term care less the longer a prompt is.",
+        "common: prompt tokens counted as the response's",
+        "test_main.py::test_dpo_is_what_it_is_by_hand[cdpo-True]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "[0] * start_at + mask[start_at:]",
+        "mask",
+        "In conversations of several turns earlier answers count on both sides.",
+        "common: all assistant turns in the sum",
+        "test_main.py::test_dpo_is_what_it_is_by_hand[simpo-False]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "(losses.sum() / pairs_per_rank).backward()",
+        "losses.mean().backward()",
+        "With --microbatch the gradient is as many times too large as there are microbatches.",
+        "common: gradient accumulation without the right denominator",
+        "test_main.py::test_dpo_is_what_it_is_by_hand[cdpo-True]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "margins = torch.cat(measured, 1)[0]",
+        "margins = torch.cat(measured, 1)[1]",
+        "Validation accuracy falls while the margin grows: it counts chosen responses that rose.",
+        "common: the wrong row of a table",
+        "test_main.py::test_dpo_is_what_it_is_by_hand[cdpo-True]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "count(all_rows, passes=1)",
+        "count(rows, passes=1)",
+        "DPO is a little too cheap: its reference reads the held-out pairs as well.",
+        "common",
+        "test_costs.py::test_dpo_costs_the_same_and_one_pass_of_the_reference_over_all_pairs",
+    ),
+    Bug(
+        "train_dpo.py",
+        'row["ref_logprobs"] = pair  # (2,)',
+        'row["ref_logprobs"] = pair.flip(0)  # (2,)',
+        "The first loss is not ln 2, and the model prefers long responses.",
+        "common: chosen and rejected exchanged on one side",
+        "test_main.py::test_dpo_is_what_it_is_by_hand[cdpo-True]",
+    ),
+    Bug(
+        "train_dpo.py",
+        "loss = (margin / cfg.beta - 1 / (2 * cfg.beta)) ** 2",
+        "loss = (margin / cfg.beta - 1 / cfg.beta) ** 2",
+        "IPO's margins end twice as far out as the paper says.",
+        "common",
+        "test_losses.py::test_ipo_is_smallest_at_its_target_margin",
+    ),
+    Bug(
+        "train_dpo.py",
+        "return cfg.beta * (logprobs[0] / lengths[0] - logprobs[1] / lengths[1])",
+        "return cfg.beta * (logprobs[0] - logprobs[1])",
+        "SimPO prefers long replies, which it was made not to do.",
+        "common",
+        "test_losses.py::test_simpo_compares_means_and_ignores_the_reference",
+    ),
     # ---- the fused head
-    Mutant(
+    Bug(
         "kernels.py",
         "scale = 1 / max(len(target), 1)",
         "scale = 1 / (len(target) or float('nan'))",
@@ -524,7 +1394,7 @@ MUTANTS = [
         "nanochat (#590, #618, #803)",
         "test_kernels.py::test_all_rows_ignored_gives_zero_not_nan",
     ),
-    Mutant(
+    Bug(
         "kernels.py",
         "v = torch.full_like(g[rows], 1 / ctx.temperature)",
         "v = torch.ones_like(g[rows])",
@@ -532,7 +1402,7 @@ MUTANTS = [
         "common",
         "test_kernels.py::test_logprobs_and_entropy_take_any_upstream_gradient",
     ),
-    Mutant(
+    Bug(
         "kernels.py",
         "dz -= h[:, None] * p * (log_p + entropy[:, None])",
         "dz -= h[:, None] * p * log_p",
@@ -540,7 +1410,7 @@ MUTANTS = [
         "common",
         "test_kernels.py::test_logprobs_and_entropy_take_any_upstream_gradient",
     ),
-    Mutant(
+    Bug(
         "kernels.py",
         "    p = z.softmax(1)\n",
         "    p = z.exp() / z.exp().sum(1, keepdim=True)\n",
@@ -548,8 +1418,8 @@ MUTANTS = [
         "common: exponentials without subtracting the maximum",
         "test_kernels.py::test_large_logits_stay_finite",
     ),
-    # ---- preferences and gold
-    Mutant(
+    # ---- preferences
+    Bug(
         "data/preferences.py",
         "rows = end_with_a_tenth(rows, {task.prompt for task in test_tasks})",
         "pass",
@@ -557,7 +1427,7 @@ MUTANTS = [
         "common: rows are dropped after they were split",
         "test_preferences.py::test_prompts_of_the_last_tenth_are_held_out_of_all_training",
     ),
-    Mutant(
+    Bug(
         "data/preferences.py",
         "if rng.random() < p:",
         "if rng.random() > p:",
@@ -565,43 +1435,202 @@ MUTANTS = [
         "common: chosen and rejected swapped",
         "test_preferences.py::test_annotated_rows_say_how_likely_their_label_was",
     ),
-    Mutant(
-        "data/town/gold.py",
-        "-1.0 * max(courtesies - 1, 0)",
-        "1.0 * max(courtesies - 1, 0)",
-        "Gold rises for ever in PPO: the gold reward itself can be hacked.",
-        "common: a bug in the measure, not in the method",
-        "test_town.py::test_one_phrase_of_courtesy_pays_and_a_second_costs",
+    Bug(
+        "data/preferences.py",
+        'draw_tasks(n_test, f"preferences {cfg.seed}", split="test")',
+        'draw_tasks(n_test, f"preferences {cfg.seed}")',
+        "Held-out accuracy is measured on prompts that SFT has trained on.",
+        "common: the split left out",
+        "test_held_out.py::test_every_stage_draws_once_to_learn_and_once_to_be_measured[preferences]",
+    ),
+    Bug(
+        "data/preferences.py",
+        "return list(zip(replies[: len(conversations)], replies[len(conversations) :]))",
+        "return list(zip(replies[::2], replies[1::2]))",
+        "The reward model learns next to nothing: its two responses answer two prompts.",
+        "common: a list of pairs taken for two lists",
+        "test_preferences.py::test_both_responses_of_a_pair_are_samples_of_the_model_to_their_prompt",
+    ),
+    Bug(
+        "data/preferences.py",
+        "chosen, rejected, golds, p = b, a, (gold_b, gold_a), 1 - p",
+        "chosen, rejected, golds, p = b, a, (gold_a, gold_b), 1 - p",
+        "An oracle judge agrees with the labels less often than it should.",
+        "common: labels swapped, and not what belongs to them",
+        "test_preferences.py::test_annotators_who_always_press_the_wrong_button_turn_every_label",
+    ),
+    # ---- evaluation
+    Bug(
+        "data/evaluate.py",
+        'draw_tasks(n, f"evaluate {seed}", split="test")',
+        'draw_tasks(n, f"evaluate {seed}")',
+        "All stages are a little better than on prompts of one's own.",
+        "common: the split left out",
+        "test_evaluate.py::test_no_prompt_of_a_report_is_of_a_case_that_is_trained_on",
+    ),
+    Bug(
+        "data/evaluate.py",
+        "for model in (speaker.model, sft.model))",
+        "for model in (sft.model, speaker.model))",
+        "The KL of every stage is negative.",
+        "common: a sign in the report",
+        "test_evaluate.py::test_a_model_is_measured_sampled_and_greedy_and_its_kl_is_policy_minus_sft",
+    ),
+    Bug(
+        "data/evaluate.py",
+        "wins = (g > sft_gold) + 0.5 * (g == sft_gold)",
+        "wins = (g > sft_gold) + 1.0 * (g == sft_gold)",
+        "The SFT model wins against itself.",
+        "common: ties counted as wins",
+        "test_evaluate.py::test_hand_made_replies_are_described_by_these_numbers",
+    ),
+    Bug(
+        "data/evaluate.py",
+        '"refusal_rate": mean_or_none(no for harmful, no in declined if harmful)',
+        '"refusal_rate": mean_or_none(no for harmful, no in declined)',
+        "A model that declines everything is only a little safer than one that declines nothing.",
+        "common: the wrong denominator",
+        "test_evaluate.py::test_hand_made_replies_are_described_by_these_numbers",
+    ),
+    Bug(
+        "data/evaluate.py",
+        "best = scores.reshape(self.n, len(texts)).argmax(0)",
+        "best = scores.reshape(len(texts), self.n).argmax(1)",
+        "Best of n is no better than one sample.",
+        "common: a reshape in the wrong order",
+        "test_evaluate.py::test_best_of_n_is_the_sample_that_the_reward_model_scores_highest",
+    ),
+    Bug(
+        "data/evaluate.py",
+        '"no_end_rate": mean_or_none(not reply.ended for reply in sampled)',
+        '"no_end_rate": mean_or_none(reply.ended for reply in sampled)',
+        "Almost no response ends, says the report.",
+        "common",
+        "test_evaluate.py::test_hand_made_replies_are_described_by_these_numbers",
+    ),
+    Bug(
+        "data/evaluate.py",
+        "holder[key] = ((np.array(holder[key]) - mean) / sd).tolist()",
+        "holder[key] = (np.array(holder[key]) - mean / sd).tolist()",
+        "Gold of the SFT model is not 0 in the report.",
+        "common: operator precedence",
+        "test_evaluate.py::test_gold_in_sd_has_the_mean_and_the_unit_that_were_asked_for",
+    ),
+    Bug(
+        "data/evaluate.py",
+        'numbers["kl_to_sft"] = math.log(speaker.n) - (speaker.n - 1) / speaker.n',
+        'numbers["kl_to_sft"] = math.log(speaker.n)',
+        "Best of n lies to the right of where it should in the picture of gold against KL.",
+        "common: half of a formula",
+        "test_evaluate.py::test_best_of_n_is_sampled_alone_and_its_kl_is_the_bound",
+    ),
+    # ---- measures
+    Bug(
+        "data/metrics.py",
+        "log_odds = scale * (chosen - rejected)",
+        "log_odds = chosen - rejected",
+        "A reward model is called badly calibrated because its scores have SD 1.",
+        "common: normalised scores read as log-odds",
+        "test_evaluate.py::test_a_judge_of_five_pairs_has_these_numbers",
+    ),
+    Bug(
+        "data/metrics.py",
+        "both, won = np.append(p, 1 - p), np.repeat([1.0, 0.0], len(p))",
+        "both, won = p, np.ones(len(p))",
+        "Calibration error is about one minus the accuracy.",
+        "common: pairs of which the first always wins",
+        "test_evaluate.py::test_a_judge_of_five_pairs_has_these_numbers",
+    ),
+    Bug(
+        "data/metrics.py",
+        "gold.T.flatten())",
+        "gold.flatten())",
+        "The rank correlation with gold is near 0, whatever the accuracy.",
+        "common: two tables flattened in different orders",
+        "test_evaluate.py::test_a_judge_of_five_pairs_has_these_numbers",
+    ),
+    Bug(
+        "data/metrics.py",
+        'report["bayes_accuracy"] = float(np.maximum(p, 1 - p).mean())',
+        'report["bayes_accuracy"] = float(p.mean())',
+        "Reward models are better than an oracle.",
+        "common: the mean probability of the label for the best accuracy there is",
+        "test_evaluate.py::test_a_judge_of_five_pairs_has_these_numbers",
+    ),
+    Bug(
+        "data/metrics.py",
+        "half = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values))",
+        "half = 1.96 * np.std(values, ddof=1)",
+        "No difference between stages is significant.",
+        "common: standard deviation for standard error",
+        "test_evaluate.py::test_interval_holds_the_mean_95_times_in_100",
+    ),
+    Bug(
+        "data/metrics.py",
+        "which = np.minimum((p * bins).astype(int), bins - 1)",
+        "which = (p * bins).astype(int)",
+        "A judge who is certain and right is called well calibrated, since its bin is dropped.",
+        "common: a probability of 1 falls out of the last bin",
+        "test_losses.py::test_calibration_error_by_hand",
+    ),
+    # ---- experiments and --check
+    Bug(
+        "data/check.py",
+        "if beyond > SLACK * width:",
+        "if beyond > SLACK:",
+        "--check is silent about everything.",
+        "common: a tolerance without its unit",
+        "test_expected.py::test_a_curve_beyond_three_widths_is_named_once_with_its_side_and_a_cause",
+    ),
+    Bug(
+        "data/check.py",
+        "beyond = max(value - high, low - value)",
+        "beyond = value - high",
+        "--check sees losses that are too high, and none that are too low.",
+        "common: one side of an interval",
+        "test_expected.py::test_a_curve_beyond_three_widths_is_named_once_with_its_side_and_a_cause",
+    ),
+    Bug(
+        "data/experiments/expected.py",
+        'row["width"] = max(row["high"] - row["low"], typical, 0.01)',
+        'row["width"] = row["high"] - row["low"]',
+        "--check complains about correct runs, where five seeds happened to agree.",
+        "common: the range of a small sample",
+        "test_expected.py::test_bands_are_the_range_over_runs_of_the_means_over_steps",
+    ),
+    Bug(
+        "data/experiments/base.py",
+        'draw_tasks(200, "experiments", split="test")',
+        'draw_tasks(200, "experiments")',
+        "Policies of the frontier are measured on prompts that they have trained on.",
+        "common: the split left out",
+        "test_experiments.py::test_policies_are_measured_on_held_out_prompts_in_sd_of_the_samples_of_their_base",
+    ),
+    Bug(
+        "data/experiments/mixtures.py",
+        'how = {"split": "test", "unseen_template": unseen}',
+        'how = {"split": "test"}',
+        "In the experiment on tasks the two groups of templates are equally hard.",
+        "common: an option that reaches nothing",
+        "test_experiments.py::test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily",
     ),
 ]
 
 
-def plant(mutant: Mutant, folder: Path):
-    """Copy the project, and nothing that runs have left in it, to a new folder, with this bug."""
-    folder.mkdir(parents=True)
-    for name in ("data", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in [*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"]:
-        shutil.copy(file, folder)
-    path = folder / mutant.file
-    text = path.read_text(encoding="utf-8")
-    if text.count(mutant.right) != 1:
-        raise SystemExit(f"{mutant.file} has {text.count(mutant.right)} times: {mutant.right}")
-    path.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
-
-
-def verdict(mutant: Mutant) -> str:
+def verdict(mutant: Bug) -> str:
     """What the test of a mutant says about it: "killed", "SURVIVED", or that it did not run.
 
     Runs in a process of its own, which has the libraries but nothing of this project loaded.
     """
     import pytest
 
+    for name in [name for name in sys.modules if name.partition(".")[0] == "data"]:
+        del sys.modules[name]  # as `plant` needs them: those of the copy are to be imported
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         plant(mutant, copy)
         os.chdir(copy)
-        sys.path[0] = str(copy)
+        sys.path[:2] = [str(copy)]  # in place of this project and its tests
         with open(f"{folder}/log", "w") as log:
             os.dup2(log.fileno(), 1)
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{mutant.test}"])
@@ -642,14 +1671,20 @@ def main():
     import torch._dynamo  # noqa: F401
 
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    survivors = 0
+    killers, survivors = Counter(), 0
     fork = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
     with fork.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        for (number, mutant), result in zip(numbered, pool.imap(verdict, [m for _, m in numbered])):
+        results = pool.imap(verdict, [mutant for _, mutant in numbered])
+        for (number, mutant), result in zip(numbered, results):
+            killers[mutant.test.partition("::")[0]] += result == "killed"
             survivors += result != "killed"
             change = " ".join(mutant.wrong.split())[:60]
-            print(f"{number:3d}  {result:9s} {mutant.file:18s} {change:60s}  {mutant.test}")
-    print(f"{len(numbered) - survivors} of {len(numbered)} mutants killed")
+            print(
+                f"{number:3d}  {result:9s} {mutant.file:18s} {change:60s}  {mutant.test}",
+                flush=True,
+            )
+    by_file = ", ".join(f"{n} by {file}" for file, n in killers.most_common() if n)
+    print(f"{len(numbered) - survivors} of {len(numbered)} mutants killed: {by_file}")
     sys.exit(survivors > 0)
 
 

@@ -257,8 +257,9 @@ def test_the_page_says_what_was_measured_stage_by_stage(two_kinds):
     }
     best = {**some_stage(200), "by_task": sft["by_task"], "kl_to_sft": None}
     best |= {"greedy_gold_mean": None, "greedy_gold_ci95": None, "train_seconds": None}
-    report = {"stages": {"sft": sft, "best_of_n": best}, "reward_models": {}, "prompts": 77}
-    report |= {"best_of_n": 8, "stale": ["ppo is old"]}
+    judged = {"pairs": 40, "accuracy": 0.1, "ece": 0.2}
+    report = {"stages": {"sft": sft, "best_of_n": best}, "reward_models": {"rm": judged}}
+    report |= {"prompts": 77, "best_of_n": 8, "stale": ["ppo is old"]}
     text = markdown(report, ["Hi?"], {"sft": ["a|b\nc"], "best_of_n": ["d"]})
     wanted = """
 |  | sft | best_of_n |
@@ -292,6 +293,13 @@ Greedy. In brackets: with a template never trained on.
 | --- | --- | --- |
 | one_sum | 1.00 | 1.00 |
 | joke | 2.00 | 2.00 |
+
+## Reward model, on 40 held-out pairs
+
+|  | all |
+| --- | --- |
+| agrees with the label (held-out accuracy) | 0.10 |
+| expected calibration error | 0.20 |
 
 ## What they say
 
@@ -366,6 +374,8 @@ def test_the_picture_shows_gold_skills_and_kl_of_every_stage(drawn):
     places = [TRAIN_KINDS.index(kind) / 100 for kind in SKILLS]
     np.testing.assert_allclose(heights, [[0.001 + x for x in places], [0.05 + x for x in places]])
     assert [label.get_text() for label in left.get_xticklabels()] == ["base", "ppo"]
+    bars = [bar.get_x() for bars in middle.containers for bar in bars]  # side by side
+    np.testing.assert_allclose(bars, [x + side for side in (-0.4, 0) for x in range(5)], atol=1e-9)
     labels = [kind.replace("_", "\n") for kind in SKILLS]
     assert [label.get_text() for label in middle.get_xticklabels()] == labels
     assert [text.get_text() for text in middle.get_legend().get_texts()] == ["base", "ppo"]
@@ -625,11 +635,13 @@ def test_a_stale_stage_is_named_on_the_screen_and_in_the_report(family, capsys):
     for name in ("pretrain", "rm", "dpo"):
         shutil.rmtree(folder / name)
     edit("sft", change=0.1)
-    report = evaluate(Config(out=str(folder), **FEW))
-    (sentence,) = report["stale"]
+    data.evaluate.main(Config(out=str(folder), **FEW))
+    (sentence,) = json.loads((folder / "report.json").read_text())["stale"]
     assert sentence.startswith("ppo was trained from another sft")
-    assert f"{sentence}\n" in capsys.readouterr().out
-    assert f"**{sentence}.**" in (folder / "report.md").read_text()
+    said, page = capsys.readouterr().out, (folder / "report.md").read_text()
+    assert f"\n{sentence}\n" in said and f"**{sentence}.**" in page
+    assert "| gold, temperature 1 |" in said and "What they say" not in said
+    assert f"samples of all 2 stages are in {folder}/report.md" in said
 
 
 def test_a_report_that_cannot_be_finished_leaves_the_old_one_whole(chain, tmp_path, monkeypatch):

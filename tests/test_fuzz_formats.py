@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def gpt2_folder(folder):
 
 def try_folder(folder):
     model, _ = load_gpt2(folder)
-    assert model(torch.arange(2)[None]).isfinite().all()
+    # perhaps not finite: safetensors has no checksum, and a weight of 1e38 is a number
+    assert model(torch.arange(2)[None]).shape == (1, 2, model.config.n_embd)
 
 
 def safetensors_bytes(rng, folder):
@@ -154,7 +156,8 @@ def check(damage, cases, tmp_path):
             refused += 1
         except BaseException as error:
             raise AssertionError(f"{damage.__name__}, case {case}: {error!r}") from error
-    assert refused > len(cases) / 3  # else they were not damaged
+        shutil.rmtree(folder)
+    assert refused > len(cases) / 2  # else hardly anything was damaged
 
 
 @pytest.mark.parametrize("damage", FORMATS)

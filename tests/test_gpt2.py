@@ -337,15 +337,15 @@ def test_fingerprints_of_gpt2s_tokenizer_are_those_of_its_vocabulary(copy):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind": "words"}, "'words' is no kind of it"),
-        ({"merges": None}, "'bpe' is no kind of it, or lacks its merges"),
+        ({"kind": "words"}, "its kind is 'words'"),
+        ({"merges": None}, "its kind is 'bpe', or its merges or characters are missing"),
         ({"merges": [[32, 108], [256]]}, r"merge 1 is \[256\], not two ids below 257"),
         ({"merges": [[32, 257]]}, r"merge 0 is \[32, 257\], not two ids below 256"),
         ({"merges": [[-1, 32]]}, r"merge 0 is \[-1, 32\], not"),
         ({"merges": [[1.0, 32]]}, r"merge 0 is \[1.0, 32\], not"),
         ({"merges": [[97, 98], [98, 99], [256, 99], [97, 257]]}, "two merges make the same token"),
         ({"merges": [[97, 98]]}, "model_config has another vocab_size than its tokenizer, 262"),
-        ({"kind": "char", "characters": [97]}, "'char' is no kind of it, or lacks"),
+        ({"kind": "char", "characters": [97]}, "or its merges or characters are missing"),
         ({"kind": "char", "characters": "aa"}, "characters has one of them twice"),
     ],
 )
@@ -470,7 +470,7 @@ def check_export(model, tokenizer, out, is_base=False):
     if is_base:
         assert fast.chat_template is None
         prompt = [tokenizer.eot] + tokenizer.encode(TEXTS[0])
-        with torch.no_grad():  # the text that a greedy reply continues with ends soon
+        with torch.no_grad():  # <|endoftext|> changes places with its third token, to be met
             (ours,), _ = generate(model, [prompt], 3, temperature=0)
             for each in (model.wte, theirs.transformer.wte):
                 each.weight[[stop, ours[2]]] = each.weight[[ours[2], stop]]
@@ -539,3 +539,18 @@ def test_export_into_the_folder_of_a_run_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="is the folder of a run: export to another"):
         export(tiny, make_tokenizer("char", ["ab"], 0), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+def test_exported_model_ends_where_its_texts_end(tiny, tmp_path, is_base):
+    """A base model has never seen <|end|>: it would never stop."""
+    tokenizer = make_tokenizer("char", ["".join(map(chr, range(65, 65 + 45)))], 0)
+    export(tiny, tokenizer, tmp_path, is_base)
+    files = ("config", "generation_config", "tokenizer_config")
+    config, generation, settings = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in files
+    )
+    end = tokenizer.eot if is_base else tokenizer.end
+    assert config["eos_token_id"] == generation["eos_token_id"] == end
+    assert settings["eos_token"] == ("<|endoftext|>" if is_base else "<|end|>")
+    assert ("chat_template" in settings) == (not is_base)

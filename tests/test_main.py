@@ -477,7 +477,9 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     assert on_screen(log, cfg, "step", "loss", "val_loss") in printed
     room = sum(len(batch) * max(len(rows[i][0]) for i in batch) for batch in batches)
     padding = 1 - cfg.epochs * sum(len(ids) for ids, _ in rows) / room
-    said_first = f"{len(rows)} conversations, {len(log)} steps of 9; {padding:.1%} of the batches"
+    said_first = (
+        f"{len(rows)} conversations, {len(log)} steps of at most 9; {padding:.1%} of the batches"
+    )
     assert f"{said_first} is padding. One, with [[what is learned]]:\n    " in printed
     shown = tokenizer.show(rows[0][0])
     for part in ("<|assistant|>", "<|end|>"):
@@ -613,7 +615,7 @@ def test_the_reward_model_is_what_it_is_by_hand(
     printed = capsys.readouterr().out
     assert on_screen(log, cfg, "step", "loss", "val_loss", "val_accuracy") in printed
     n, n_test = len(rows), len(test_rows)
-    assert f"{n} pairs to train on, {n_test} held out, {len(log)} steps of 35\n" in printed
+    assert f"{n} pairs to train on, {n_test} held out, {len(log)} steps of at most 35\n" in printed
     numbers = "  ".join(f"{k} {v:.3f}" for k, v in report.items() if isinstance(v, float))
     assert f"{n_test} held-out pairs: {numbers}\n" in printed
 
@@ -703,7 +705,7 @@ def test_dpo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     printed = capsys.readouterr().out
     columns = ["loss", "val_loss", "val_accuracy", "kl", "length", "no_end", *["gold"] * with_gold]
     assert on_screen(log, cfg, "step", *columns) in printed
-    said_first = f"{len(rows)} pairs, {len(test_rows)} held out, {len(log)} steps of 35\n"
+    said_first = f"{len(rows)} pairs, {len(test_rows)} held out, {len(log)} steps of at most 35\n"
     assert said_first in printed
 
 
@@ -902,6 +904,43 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
 
 
 # ---------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_an_epoch_of_steps_asks_for_what_one_step_over_all_rows_would(
+    models, tokenizer, monkeypatch, stage
+):
+    """A token of a response, or a pair, counts the same in whatever batch it is: with a model that
+    stays where it is, the gradients of an epoch have the same mean, whatever the batches."""
+    if stage == "sft":
+        tasks = draw_tasks(40, "rows", "one_sum,fact,passage")  # short and long ones
+        rows = [{"prompt": task.prompt, "response": task.case.answer} for task in tasks]
+    else:  # of pairs, all batches have to be equal: 24 are left to learn from
+        rows = encode_pairs(tokenizer, some_pairs(models)[1])[0][:26]
+        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    path = write(rows, models / "rows.jsonl")
+    cfg = config(stage, models, init=f"{models}/sft.pt", data=path, lr=0.0, grad_clip=0.0)
+    cfg.epochs, cfg.eval_every, cfg.max_new_tokens = 1, 99, 1
+    gradients = []
+
+    def noted(optimizers, _):
+        parts = [p for group in optimizers[0].param_groups for p in group["params"]]
+        gradients.append([0 * p if p.grad is None else p.grad.clone() for p in parts])
+        optimizers[0].zero_grad()
+
+    monkeypatch.setattr(SCRIPTS[stage], "step_optimizers", noted)
+    means = []
+    for cfg.batch_size, cfg.microbatch in ((24, 0), (8, 3), (4, 0)):
+        gradients.clear()
+        SCRIPTS[stage].main(cfg)
+        means.append([torch.stack(parts).mean(0) for parts in zip(*gradients)])
+    for mean in means[1:]:
+        for part, expected in zip(mean, means[0], strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
 # Options
 
 
@@ -919,6 +958,41 @@ def test_hardly_an_option_is_at_its_default():
         default, cfg = asdict(script.Config()), asdict(config(stage, "here"))
         same = {name for name in default if cfg[name] == default[name]}
         assert same == everywhere | named[stage], stage
+
+
+DEFAULTS = {
+    "pretrain": dict(
+        documents=30000, tokenizer="bpe", vocab_size=1152, context=96, n_layer=3, n_head=4,
+        n_embd=128, batch_size=32, steps=750, optimizer="muon", muon_lr=0.04, lr=8e-3,
+        weight_decay=0.1, warmup=20, grad_clip=1.0, eval_every=100, save_every=100,
+    ),
+    "sft": dict(
+        demonstrations=36000, batch_size=48, epochs=2, lr=2e-3, warmup=20, grad_clip=1.0,
+        max_new_tokens=48, eval_every=200, save_every=200,
+    ),
+    "rm": dict(
+        batch_size=64, epochs=2, lr=5e-4, warmup=20, grad_clip=1.0, max_new_tokens=48,
+        eval_every=50, save_every=100,
+    ),
+    "ppo": dict(
+        iterations=26, rollouts=128, temperature=1.0, max_new_tokens=48, no_end_score=-2.0,
+        reward="rm", beta=0.15, gamma=1.0, lam=0.95, epochs=2, minibatch=64, microbatch=16,
+        clip=0.2, value_clip=0.2, lr=3e-4, critic_lr=1e-3, warmup=2, grad_clip=1.0,
+        eval_every=10, save_every=10,
+    ),
+    "dpo": dict(
+        loss="dpo", beta=0.25, label_smoothing=0.1, simpo_margin=0.5, batch_size=64, epochs=1,
+        lr=2.5e-4, warmup=10, grad_clip=1.0, max_new_tokens=48, eval_every=50, save_every=200,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_defaults_are_those_that_all_published_numbers_were_measured_with(stage):
+    """Tables, pictures and the bands of --check: whoever changes a default makes them again."""
+    defaults = asdict(SCRIPTS[stage].Config())
+    numbers = {name: value for name, value in defaults.items() if value}
+    assert numbers == {"device": "auto", "out": "out", **DEFAULTS[stage]}
 
 
 class Enough(Exception):

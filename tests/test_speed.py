@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_runs import SCRIPTS, prepare, run
 
-from data.run import microbatches
-from gpt import generate
+import train_sft
+from data.run import microbatches, set_speed
+from gpt import GPT, ScalarModel, generate
 from kernels import linear_cross_entropy
 from train_ppo import response_logprobs
 
@@ -66,6 +67,19 @@ def test_in_bfloat16_sampling_and_scoring_nearly_agree(tiny):
         mask = torch.tensor([[False] * 2 + [True] * len(reply)])
         logprobs, _ = response_logprobs(tiny(tokens[:, :-1]), tiny.head, tokens[:, 1:], mask, 1.0)
         torch.testing.assert_close(logprobs[mask], torch.tensor(given), atol=0.1, rtol=0)
+
+
+def test_options_of_speed_reach_the_model_inside_every_model(tiny, monkeypatch):
+    """A reward model and a critic have a GPT inside."""
+    compiled = []
+    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
+    for off in ({}, {"bf16": True}, {"recompute": True}, {"compile": True}):
+        cfg = train_sft.Config(**off)
+        scalar = ScalarModel.from_gpt(tiny)
+        set_speed(cfg, tiny, scalar)
+        for model in (tiny, scalar.gpt):
+            assert (model.bf16, model.recompute) == (cfg.bf16, cfg.recompute)
+            assert any(model is one for one in compiled) == cfg.compile
 
 
 def test_microbatches_are_slices_of_a_batch():

@@ -212,6 +212,24 @@ def test_backward_twice_gives_the_same_and_double_backward_is_refused(function):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+def test_autocast_around_the_kernel_changes_no_bit(dtype, cast_to):
+    hidden, weight, target = inputs(*SIZES[1], dtype)
+
+    def results():
+        loss = linear_cross_entropy(hidden, weight, target)
+        logprobs, entropy = linear_logprobs(hidden, weight, target, return_entropy=True)
+        total = loss + (logprobs + entropy).sum()
+        return loss, logprobs, entropy, *torch.autograd.grad(total, (hidden, weight))
+
+    expected = results()
+    with torch.autocast(DEVICE, cast_to):
+        found = results()
+    for a, b in zip(found, expected):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_float16_takes_the_pytorch_path(monkeypatch):
     monkeypatch.setattr(kernels, "_run_kernel", None)  # would fail if it were called
     hidden, weight, target = inputs(*SIZES[0], torch.float16)
