@@ -406,7 +406,7 @@ STAGES = ("pretrain", "sft", "rm", "ppo", "dpo")  # train_<stage>.py writes out/
 
 
 def fingerprint(*things) -> str:
-    """16 hexadecimal digits that are the same for equal things, and for hardly any others.
+    """A hash of things, 16 hexadecimal digits: equal things have equal ones.
 
     things: weights (a dict of tensors, in any order), arrays, and whatever JSON can hold. What a
     model was made from is kept with it in this form, to be compared later.
@@ -432,7 +432,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
     was there before is then still there.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process has its own
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # each process has its own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -457,7 +457,6 @@ def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
         message, stage = f"there is no checkpoint {path}", path.parent.name
         if stage in STAGES:
             message += f": run `python train_{stage}.py` first, or name another checkpoint"
-            message += " with --rm" if stage == "rm" else ""
         raise InputError(message)
     try:
         with zipfile.ZipFile(path) as file:
@@ -491,13 +490,16 @@ def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dic
         config = GPTConfig(**checkpoint["model_config"])
         if 4 * config.n_parameters > os.path.getsize(path):  # perhaps more than the memory, too
             raise ValueError("model_config is that of a larger model")
-        model = kind(config)
+    except Exception as error:  # a field that is unknown, missing, or not a number
+        raise InputError(f"{path}: {str(error)[:300]}")
+    model = kind(config)  # outside: a mistake in the model's code is no fault of the file
+    try:
         model.load_state_dict(weights)  # names what is missing, or of another shape
         for name, weight in weights.items():
             if weight.dtype != torch.float32 or not weight.isfinite().all():
                 raise ValueError(f"{name} is not float32, or holds nan or inf")
         checkpoint["fingerprint"] = fingerprint(weights, checkpoint["tokenizer"])
-    except Exception as error:  # a field that is unknown or missing, a tensor of another shape
+    except Exception as error:
         raise InputError(f"{path}: {str(error)[:300]}")
     return model.to(device).eval(), checkpoint
 

@@ -18,9 +18,9 @@ Why this is RLHF, in four lines:
 
 Put the last line into the loss of train_rm.py, and the policy is its own reward model.
 
-In the log, `chosen` and `rejected` are log-ratios to the reference in nats, and `accuracy` is how
-often the `margin` is above 0, which is beta h (with --loss simpo, that loss's own). Watch the first
-two: the loss only asks for their difference, and usually both fall.
+In the log, `chosen` and `rejected` are log-ratios to the reference in nats, `margin` is beta h (or
+with --loss simpo what that loss compares), and `accuracy` is how often it is above 0. Watch the
+first two: the loss only asks for their difference, and usually both fall.
 
 References: Rafailov et al. 2023; Azar et al. 2023 (IPO); Meng et al. 2024 (SimPO); Mitchell 2023
 (cDPO); Pang et al. 2024 (+ NLL). Differs in: size; the reference is run once, before training.
@@ -226,15 +226,17 @@ def main(cfg: Config) -> dict:
         row["ref_logprobs"] = pair  # (2,)
     count(all_rows, passes=1)
 
-    def losses_of(batch: list[dict]):
-        """Of some rows: losses (B,); margins and log-ratios of chosen and rejected, (3, B)."""
+    def measure(batch: list[dict]) -> dict[str, torch.Tensor]:
+        """The loss of every row, and what else the log shows of it: name -> (B,)."""
         tokens, mask = both_sides(batch)
         logprobs = sequence_logprobs(model, tokens, mask).view(2, -1)  # (2, B)
         ref_logprobs = torch.stack([row["ref_logprobs"] for row in batch], dim=1)  # (2, B)
         lengths = mask.sum(1).view(2, -1)  # (2, B)
-        margins = dpo_margin(logprobs, ref_logprobs, lengths, cfg)
-        measured = torch.stack([margins, *(logprobs - ref_logprobs)]).detach()
-        return dpo_loss(logprobs, ref_logprobs, lengths, cfg), measured
+        loss = dpo_loss(logprobs, ref_logprobs, lengths, cfg)
+        margin = dpo_margin(logprobs, ref_logprobs, lengths, cfg).detach()
+        chosen, rejected = (logprobs - ref_logprobs).detach()
+        accuracy = (margin > 0).float()
+        return dict(loss=loss, margin=margin, accuracy=accuracy, chosen=chosen, rejected=rejected)
 
     # ---- held-out prompts to sample on: of the town, where there is a gold reward, or of the file
     of_town = all("gold" in row for row in rows)
@@ -253,8 +255,8 @@ def main(cfg: Config) -> dict:
     def evaluate() -> dict:
         """Held-out pairs, and what the model says by itself: the loss knows nothing of that."""
         by_length = sorted(test_rows, key=lambda row: row["length"])
-        losses, measured = zip(*(losses_of(batch) for batch in microbatches(by_length, 64)))
-        margins = torch.cat(measured, 1)[0]  # (N,)
+        measured = [measure(batch) for batch in microbatches(by_length, 64)]
+        losses, accuracies = (torch.cat([m[x] for m in measured]) for x in ("loss", "accuracy"))
         # A policy can widen every margin and still forget how to answer: length, no_end and gold
         # are those of its own samples.
         replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
@@ -264,8 +266,8 @@ def main(cfg: Config) -> dict:
         # (N,): of the policy's own samples, so the mean estimates KL(pi || pi_ref) without bias
         kl = sequence_logprobs(model, *sampled) - sequence_logprobs(ref, *sampled)
         numbers = {
-            "val_loss": torch.cat(losses).mean().item(),
-            "val_accuracy": (margins > 0).float().mean().item(),
+            "val_loss": losses.mean().item(),
+            "val_accuracy": accuracies.mean().item(),
             "kl": kl.mean().item(),
             "length": np.mean([len(reply.ids) for reply in replies]),
             "no_end": np.mean([not reply.ended for reply in replies]),
@@ -275,28 +277,24 @@ def main(cfg: Config) -> dict:
         return numbers
 
     # ---- training
-    learned = [[row["chosen_ids"], row["rejected_ids"]] for row in all_rows]
-    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(learned)}
+    pairs = ([row["chosen_ids"], row["rejected_ids"]] for row in all_rows)
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(len(rows), *pairs)}
     for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
-        sums = torch.zeros(4, device=device)  # loss, margin, log-ratios of chosen and rejected
-        n_right, worst = 0.0, 0.0
+        rounding = 0.2 if cfg.bf16 else 1e-2  # of a mean; a sum over a response may be off by more
+        numbers = dict.fromkeys(("loss", "margin", "accuracy", "chosen", "rejected"), 0.0)
         for microbatch in microbatches(shard(batch), cfg.microbatch):
-            losses, measured = losses_of(microbatch)
-            (losses.sum() / pairs_per_rank).backward()  # adds to the gradients that are there
-            sums += torch.cat([losses.detach()[None], measured]).sum(1)
-            n_right += (measured[0] > 0).sum().item()
-            worst = max(worst, measured[1:].abs().max().item())
-        names = ("loss", "margin", "chosen", "rejected")
-        numbers = dict(zip(names, (sums / pairs_per_rank).tolist()))
-        numbers = mean_over_ranks(device, **numbers, accuracy=n_right / pairs_per_rank)
-        if step == 0:
-            # of a mean; the sum over one response may be off by more
-            rounding = 0.2 if cfg.bf16 else 1e-2
-            assert worst < 5 * rounding, "policy and reference are not the same yet"
-            if cfg.loss == "dpo" and not cfg.nll:
-                assert abs(numbers["loss"] - math.log(2)) < rounding, "margin 0: loss ln 2"
+            measured = measure(microbatch)
+            (measured["loss"].sum() / pairs_per_rank).backward()  # adds to the gradients so far
+            for name, values in measured.items():
+                numbers[name] += values.sum().item() / pairs_per_rank
+            if step == 0:
+                same = torch.stack([measured["chosen"], measured["rejected"]]).abs().max()
+                assert same < 5 * rounding, "policy and reference are not the same yet"
+        numbers = mean_over_ranks(device, **numbers)
+        if step == 0 and cfg.loss == "dpo" and not cfg.nll:
+            assert abs(numbers["loss"] - math.log(2)) < rounding, "margin 0, so the loss is ln 2"
         run.log(step, **numbers, grad_norm=average_gradients(model, cfg.grad_clip))
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         count(batch, passes=3)  # forward 1, backward 2

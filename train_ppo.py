@@ -32,6 +32,7 @@ models, so no coefficient stands between their losses; no pretraining gradients 
 learning rates fall to a tenth.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,7 +80,7 @@ class Config:
     # reward
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (final answers)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
-    target_kl: float = 0.0  # KL per response to reach, by 2 % of beta an iteration (0 = beta stays)
+    target_kl: float = 0.0  # KL per response that beta is adapted to, by 2 % at most (0 = off)
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic, errors and all
     # updates
@@ -264,31 +265,30 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
     """
 
     def encode(rows: list[dict]) -> list[dict]:
-        if cfg.reward == "exact":
-            answered = [row for row in rows if row.get("answer")]
-            if not answered:
-                raise InputError(f"{cfg.data}: --reward exact needs responses to compare with")
-            if len(answered) < len(rows):
-                print(
-                    f"left out {len(rows) - len(answered)} of {len(rows)} rows without a response"
-                )
-            rows = answered
         for row in rows:
             row["ids"] = encode_prompt(tokenizer, row["messages"])
         lengths = [len(row["ids"]) for row in rows]
         return keep_fitting(rows, lengths, longest, "the context minus max_new_tokens,")
 
     if cfg.data:
-        return held_out(encode(read_prompts(cfg.data)))
+        rows = read_prompts(cfg.data)
+        if cfg.reward == "exact":
+            answered = [row for row in rows if row.get("answer")]
+            if not answered:
+                raise InputError(f"{cfg.data}: --reward exact needs responses to compare with")
+            if n_others := len(rows) - len(answered):
+                print(f"left out {n_others:,} of {len(rows):,} rows: they have no response")
+            rows = answered
+        return held_out(encode(rows))
     tasks = draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}")
     test_tasks = draw_tasks(150, "ppo", split="test")
     return encode(task_rows(tasks)), encode(task_rows(test_tasks))
 
 
 def load_reward_model(cfg, checkpoint: dict, device) -> tuple[ScalarModel, str]:
-    """The frozen reward model, and its fingerprint. checkpoint: that of the policy at its start.
+    """The reward model, frozen, and its fingerprint. checkpoint: that of the policy at its start.
 
-    Raises InputError if the two read different tokens.
+    Says so if it was trained from another model. Raises InputError if it reads other tokens.
     """
     model, found = load_model(cfg.rm, device, ScalarModel)
     if found["tokenizer"] != checkpoint["tokenizer"]:
@@ -355,7 +355,8 @@ def main(cfg: Config) -> dict:
     policy, checkpoint = load_init(cfg.init, device)
     ref, _ = load_init(cfg.init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    made_from, reward_model = {"init": checkpoint["fingerprint"]}, None
+    made_from = {"init": checkpoint["fingerprint"]}
+    reward_model = None
     if cfg.reward == "rm":
         reward_model, made_from["rm"] = load_reward_model(cfg, checkpoint, device)
         critic, _ = load_model(cfg.rm, device, ScalarModel)
@@ -382,7 +383,8 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     trained = dict(critic=critic, kl_coefficient=kl_coefficient, **optimizers)
-    made_from["data"] = fingerprint([row["ids"] for row in rows + test_rows])
+    asked = ([row["ids"], row.get("answer")] for row in rows + test_rows)
+    made_from["data"] = fingerprint(len(rows), *asked)
     for iteration in run.steps(cfg.iterations, policy, tokenizer, made_from, **trained):
         rng = np.random.default_rng([cfg.seed, iteration])  # so that --resume repeats it
 
@@ -442,8 +444,9 @@ def main(cfg: Config) -> dict:
         ratio_errors = torch.zeros(len(batch), device=device)  # of the first step: ratios must be 1
         for epoch in range(cfg.epochs):
             order = rng.permutation(len(batch))
-            for first in range(0, len(batch), cfg.minibatch):
-                minibatch = np.sort(order[first : first + cfg.minibatch])  # sorted by length again
+            n_minibatches = math.ceil(len(batch) / cfg.minibatch)
+            for number, minibatch in enumerate(np.array_split(order, n_minibatches)):
+                minibatch = np.sort(minibatch)  # by length, as the batch is
                 n_tokens = mask[minibatch].sum() / WORLD  # since gradients are averaged over ranks
                 sums = torch.zeros(4)
                 for at in shard_microbatches(minibatch, widths, cfg.microbatch):
@@ -462,13 +465,13 @@ def main(cfg: Config) -> dict:
 
                     with torch.no_grad():
                         moved = (ratio - 1).abs() * m
-                        if epoch == 0 and first == 0:
+                        if epoch == 0 and number == 0:
                             ratio_errors[at[0]] = moved.amax(1)
                         approx_kl = k3(old_logprobs[at] - logprobs)  # of old policy to new
                         outside = (moved > cfg.clip).float()
                         for i, x in enumerate((pg, vf, approx_kl, outside)):
                             sums[i] += ((x * m).sum() / n_tokens).cpu()
-                if epoch == 0 and first == 0:
+                if epoch == 0 and number == 0:
                     sum_over_ranks(ratio_errors)
                     worst = ratio_errors.max().item()
                     assert worst < rounding, f"a ratio is off by {worst} before any update"

@@ -275,7 +275,7 @@ def main(cfg: Config) -> dict:
     for step in run.steps(cfg.steps, model, tokenizer, made_from, **optimizers):
         rng = np.random.default_rng([cfg.seed, step])
         batch = shard(rng.choice(starts, cfg.batch_size))
-        rows = np.stack([train[i : i + cfg.context + 1] for i in batch]).astype(np.int64)
+        rows = train[batch[:, None] + np.arange(cfg.context + 1)].astype(np.int64)  # (B, T + 1)
         loss = 0.0
         for tokens in microbatches(torch.from_numpy(rows), cfg.microbatch):
             tokens = tokens.to(device)  # (B, T + 1)
@@ -299,6 +299,7 @@ def main(cfg: Config) -> dict:
             run.report(step, "loss", "val_loss", "bits_per_byte")
 
     # ---- results: how it continues some openings
+    del train, val  # Windows cannot move files that are mapped into memory
     openings = ["One morning, Mila", "Otto met Rosa at the lake.", "What is 4-2 and 3-1?"]
     if cfg.data:
         openings = [" ".join(text.split(" ")[:4]) for text in val_texts[:3]]

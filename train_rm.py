@@ -169,8 +169,8 @@ def main(cfg: Config) -> dict:
             yield score_sequences(model, [row[side] for row in test_rows], tokenizer.pad)
 
     # ---- training
-    learned = [[row["chosen_ids"], row["rejected_ids"]] for row in rows + test_rows]
-    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(learned)}
+    pairs = ([row["chosen_ids"], row["rejected_ids"]] for row in rows + test_rows)
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(len(rows), *pairs)}
     for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks

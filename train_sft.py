@@ -132,11 +132,10 @@ def main(cfg: Config) -> dict:
     batches = []
     for epoch in range(cfg.epochs):
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
-    # What the loss of any batch is divided by, so that a token counts the same in whatever batch it
-    # is. Divided by its own number, tokens of a batch of short responses would count for more.
-    supervised = sum(sum(rows[i]["mask"]) for batch in batches for i in batch)
-    tokens_per_batch = supervised / len(batches)
-    used = sum(lengths[i] for batch in batches for i in batch)
+    # The loss of every batch is divided by this, so that a token counts the same in whatever batch
+    # it is. Divided by their own numbers, batches of short responses would count each for more.
+    tokens_per_batch = cfg.epochs * sum(sum(row["mask"]) for row in rows) / len(batches)
+    used = cfg.epochs * sum(lengths)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     print(
         f"{len(rows):,} conversations, {len(batches)} steps of at most {cfg.batch_size}; "
@@ -151,8 +150,8 @@ def main(cfg: Config) -> dict:
         return tokens.to(device), mask.to(device)
 
     # ---- training
-    learned = [[row["ids"], row["mask"]] for row in rows + val_rows]
-    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(learned)}
+    data = fingerprint(len(rows), *([row["ids"], row["mask"]] for row in rows + val_rows))
+    made_from = {"init": checkpoint["fingerprint"], "data": data}
     for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         loss = n_tokens = 0.0

@@ -38,9 +38,14 @@ import numpy as np
 
 from gpt import InputError
 
-UNPACKED = 10**9  # bytes: a gzipped file that becomes larger than this is refused
-PROMPTS = ("messages", "conversations", "instruction", "prompt")  # the first one found is used
-RESPONSES = ("output", "response", "completion")
+MAX_UNPACKED = 10**9  # bytes: a gzipped file that becomes larger than this is refused
+PROMPT_FIELDS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "prompt",
+)  # the first one counts
+RESPONSE_FIELDS = ("output", "response", "completion")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names for them
 
 
@@ -52,7 +57,7 @@ def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, gzipped or not.
 
     A byte order mark is removed, and Windows line ends become Unix ones. Raises InputError if
-    the file cannot be read, unpacks to more than `UNPACKED` bytes, is not UTF-8, or is blank.
+    the file cannot be read, unpacks to more than `MAX_UNPACKED` bytes, is not UTF-8, or is blank.
     """
     try:
         data = Path(path).read_bytes()
@@ -60,10 +65,10 @@ def read_text(path: str | Path) -> str:
             packed, data = gzip.GzipFile(fileobj=io.BytesIO(data)), bytearray()
             while piece := packed.read(1 << 20):  # a few bytes may stand for gigabytes
                 data += piece
-                if len(data) > UNPACKED:
+                if len(data) > MAX_UNPACKED:
                     raise InputError(
-                        f"{path}: unpacks to more than {UNPACKED / 1e6:,.0f} MB; if that is meant, "
-                        "unpack it with gunzip first"
+                        f"{path}: unpacks to more than {MAX_UNPACKED / 1e6:,.0f} MB; if that is "
+                        "meant, unpack it with gunzip first"
                     )
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}")
@@ -187,7 +192,7 @@ def read(path: str | Path, convert: Callable[[dict], dict]) -> list[dict]:
         raise InputError(f"none of the {len(whole):,} rows of {path} can be used. {first}")
     for reason, lines in list(left_out.items())[:10]:
         many = f"{len(lines):,} of {len(whole):,} rows"
-        print(f"{path}: left out {many}: {reason}: line{'s' * (len(lines) > 1)} {some(lines)}")
+        print(f"{path}: left out {many}: {reason}: line{'s' * (len(lines) > 1)} {first_few(lines)}")
     if len(left_out) > 10:
         many = f"{len(whole) - len(rows):,} rows in all, for {len(left_out)} reasons"
         print(f"{path}: left out {many}")
@@ -196,7 +201,7 @@ def read(path: str | Path, convert: Callable[[dict], dict]) -> list[dict]:
     return rows
 
 
-def some(names: list[str], most: int = 5) -> str:
+def first_few(names: list[str], most: int = 5) -> str:
     """The first names, and how many more there are: "a, b, c, d, e and 7 more"."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -204,7 +209,7 @@ def some(names: list[str], most: int = 5) -> str:
 
 def some_fields(names) -> str:
     """The same for names that a file has chosen: there may be many, and long ones."""
-    return some([name[:40] for name in names], 20)
+    return first_few([name[:40] for name in names], 20)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ def to_demonstration(row: dict) -> dict:
         raise InputError('"label" is false, so it is no demonstration')
     messages = take_context(row) + take_prompt(row)
     if messages[-1]["role"] == "user":
-        name = next((name for name in RESPONSES if name in row), None)
+        name = next((name for name in RESPONSE_FIELDS if name in row), None)
         if name is None:
             raise InputError('no response in "output", "response", "completion" or a last message')
         messages += take_messages(row, name, "assistant")
@@ -255,8 +260,8 @@ def to_prompt(row: dict) -> dict:
     A row is used whatever comes after its prompt, since none of that is trained on.
     """
     context, wrong = take_context(row), row.get("label") is False
-    name = next((name for name in RESPONSES if name in row), None)
-    if "chosen" in row and not row.keys() & {*PROMPTS}:
+    name = next((name for name in RESPONSE_FIELDS if name in row), None)
+    if "chosen" in row and not row.keys() & {*PROMPT_FIELDS}:
         said = take_messages(row, "chosen", "assistant", may_end_blank=True)
         messages = context + up_to_the_question(said)
     else:
@@ -296,9 +301,9 @@ def take_context(row: dict) -> list[dict]:
 
 def take_prompt(row: dict) -> list[dict]:
     """The messages of the prompt; with "messages" and "conversations" what follows it, too."""
-    name = next((name for name in PROMPTS if name in row), None)
+    name = next((name for name in PROMPT_FIELDS if name in row), None)
     if name is None:
-        raise InputError(f"no prompt: none of {', '.join(PROMPTS)}")
+        raise InputError(f"no prompt: none of {', '.join(PROMPT_FIELDS)}")
     if name == "instruction":
         text = take_text(row, name)
         for more in ("input", "context"):
@@ -409,8 +414,8 @@ def held_out(rows: list) -> tuple[list, list]:
         raise InputError("--data needs at least two rows: one to train on and one to test on")
     cut = len(rows) - max(len(rows) // 10, 1)
     test = rows[cut:]
-    tested = {what_it_says(row) for row in test}
-    train = [row for row in rows[:cut] if what_it_says(row) not in tested]
+    tested = {content_key(row) for row in test}
+    train = [row for row in rows[:cut] if content_key(row) not in tested]
     if len(train) < cut:
         print(f"left out {cut - len(train):,} of {cut:,} training rows: equal to held-out ones")
     if not train:
@@ -418,7 +423,7 @@ def held_out(rows: list) -> tuple[list, list]:
     return train, test
 
 
-def what_it_says(row: str | dict) -> str:
+def content_key(row: str | dict) -> str:
     """Two rows are equal if this is: their text, or their messages and both responses, whichever
     of them was chosen."""
     if isinstance(row, str):
@@ -440,7 +445,7 @@ def keep_fitting(
     if too_long:
         print(
             f"left out {len(too_long):,} of {len(rows):,} rows, longer than {what} of {limit} "
-            f"tokens: {some(too_long)}"
+            f"tokens: {first_few(too_long)}"
         )
     if len(too_long) == len(rows):
         raise InputError(f"no row fits {what} of {limit} tokens; pretrain with a larger --context")
@@ -459,7 +464,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     If the block fails, the old file stays.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes to it
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # each process has its own
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial

@@ -144,15 +144,16 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
             parameter.copy_(tensor)
         if missing:
             raise InputError(f"{folder}: no {', '.join(sorted(missing)[:3])} in its files")
+        wte = model.wte.weight
+        wte[n_rows:] = 0  # no part of the fingerprint: what follows differs between CPUs
+        checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
+        checkpoint["fingerprint"] = fingerprint(model.state_dict(), checkpoint["tokenizer"])
         # GPT-2's logits are all far below 0. Rows near 0, with logits near 0, would make the chat
         # tokens by far the likeliest. Rows near the mean of all rows make them as unlikely as most.
-        wte = model.wte.weight
         noise = torch.randn(
             len(wte) - n_rows, wte.shape[1], generator=torch.Generator().manual_seed(0)
         )
         wte[n_rows:] = wte[:n_rows].mean(0) + 0.1 * wte[:n_rows].std(0) * noise
-    checkpoint = {"stage": "pretrain", "tokenizer": {"kind": "gpt2"}}
-    checkpoint["fingerprint"] = fingerprint(model.state_dict(), checkpoint["tokenizer"])
     return model.to(device).eval(), checkpoint
 
 

@@ -10,7 +10,6 @@ Nothing in it is about language models. The scripts keep their ideas and borrow 
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
 import ctypes
@@ -44,7 +43,7 @@ from kernels import backend
 
 # This process's number, and how many there are: torchrun says so.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCKS = {}  # what this process has locked: path -> open file
+LOCKS = {}  # held by this process: path -> file descriptor
 # What a run was made from, in the words of a message.
 MADE_FROM = {
     "init": "the checkpoint of --init",
@@ -120,19 +119,17 @@ def run_script(main, config_class=None):
             setattr(sys, stream, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):  # the stream of a notebook has none
         sys.stdout.reconfigure(errors="replace")
-    if not isinstance(sys.stdout, PrintableStream):  # a notebook may come here twice
-        sys.stdout = PrintableStream(sys.stdout)
     try:
-        main(parse_config(config_class)) if config_class else main()
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
+            main(parse_config(config_class)) if config_class else main()
+            sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # Python would complain once more as it flushes
         raise SystemExit(1)
     except InputError as error:
         raise SystemExit(printable(str(error)))
     except OSError as error:
-        message = f"cannot read or write: {error}. Results of earlier runs are untouched."
-        raise SystemExit(printable(message))
+        raise SystemExit(printable(f"cannot read or write: {error}"))
     finally:
         if WORLD > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
@@ -177,9 +174,9 @@ def start(cfg) -> torch.device:
     if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            n_gpus = torch.cuda.device_count()
+            here, n_gpus = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
             if device.index >= n_gpus:
-                raise InputError(f"{WORLD} processes need a GPU each, and {n_gpus} are here")
+                raise InputError(f"{here} processes need a GPU each; this machine has {n_gpus}")
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if WORLD > 1 or device.type != "cpu":
@@ -227,12 +224,7 @@ def set_speed(cfg, *models):
 
 def shard(batch):
     """Every WORLD-th item of a batch, from this rank's number on. Shards may differ by one item, so
-    a mean over the batch is the sum over a shard, divided by the batch's size / WORLD.
-
-    Raises InputError if there is not one item for each.
-    """
-    if len(batch) < WORLD:
-        raise InputError(f"{WORLD} processes cannot share a batch of {len(batch)}")
+    a mean over the batch is the sum over a shard, divided by the batch's size / WORLD."""
     return batch[RANK::WORLD]
 
 
@@ -247,7 +239,7 @@ def gather(my_shard: list) -> list:
 
 def microbatches(batch, size: int) -> list:
     """A batch in slices of at most `size` rows (0: all at once), whose gradients add up."""
-    size = size or len(batch)
+    size = size or max(len(batch), 1)  # a shard may be empty
     return [batch[first : first + size] for first in range(0, len(batch), size)]
 
 
@@ -347,34 +339,42 @@ class Run:
         """panels: what a panel of curve.png shows, with its unit -> the columns of the log in it.
         unit: what this stage calls a step.
 
-        Raises InputError if --name would put this run into the folder of another stage, or if
-        another process is at work there.
+        Raises InputError if --name would put this run into the folder of another stage.
         """
         self.stage, self.cfg, self.panels, self.unit = stage, cfg, panels, unit
         self.name = cfg.name or stage
         self.folder = run_path(cfg.out, self.name)
-        self.unfinished = self.folder.with_name("unfinished") / self.name
-        others = [stage_of(self.folder / "ckpt.pt"), stage_of(self.unfinished / "resume.pt")]
-        others = [self.name] if self.name in STAGES else others
-        for other in others:
+        if self.folder.is_symlink():  # to a larger disk: there the run has its working folder, too
+            self.folder = self.folder.resolve()
+        if self.folder.is_file():
+            raise InputError(f"--name {self.name}: {self.folder} is a file; choose another")
+        self.unfinished = self.folder.with_name("unfinished") / self.folder.name
+        checkpoints = self.folder / "ckpt.pt", self.unfinished / "resume.pt"
+        for other in [self.name] if self.name in STAGES else map(stage_of, checkpoints):
             if other not in (None, stage):
                 raise InputError(f"--name {self.name}: a run of train_{other}.py; choose another")
-        self.give_up_lock = take_lock(self.unfinished) if RANK == 0 else lambda: None
-        self.folder_is_ready = False
+        self.release_lock = None  # until `make_folder`
         self.rows = []  # one dict per line of log.csv
         self.forwards = 0.0  # see `count`
         self.seconds, self.started = 0.0, time.perf_counter()
         self.check = Check(stage, cfg) if cfg.check else None
 
     def make_folder(self):
-        """An empty out/unfinished/<name>/; under --resume as it was left. Twice is once."""
-        if RANK == 0 and not self.folder_is_ready:
-            if not self.cfg.resume:
-                shutil.rmtree(self.unfinished, ignore_errors=True)
-            self.unfinished.mkdir(parents=True, exist_ok=True)
-            for half in self.unfinished.glob("*.tmp"):  # of a process that was killed
-                half.unlink()
-        self.folder_is_ready = True
+        """An empty out/unfinished/<name>/, or under --resume as it was left. Safe to call twice.
+
+        Raises InputError if another process is at work there.
+        """
+        if RANK > 0 or self.release_lock:
+            return
+        self.release_lock = acquire_lock(self.unfinished)
+        aside = self.unfinished.with_name(f".{self.unfinished.name}.old")  # see `replace_folder`
+        if aside.exists() and not self.folder.exists():
+            os.rename(aside, self.folder)
+        if not self.cfg.resume:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        for half in self.unfinished.glob("*.tmp"):  # of a process that was killed
+            half.unlink()
 
     def steps(self, total: int, model, tokenizer, made_from: dict[str, str], **others):
         """Yield 0..total-1 under a progress bar; between two steps, save if it is time to.
@@ -391,19 +391,19 @@ class Run:
             "model_config": asdict(model.config),
             "tokenizer": tokenizer.state,
             "train_config": asdict(self.cfg),
-            "made_from": {"tokenizer": fingerprint(tokenizer.state), **made_from},
+            "made_from": {**made_from, "tokenizer": fingerprint(tokenizer.state)},
         }
+        on_first_rank(self.make_folder)
         first = self._load(trained) if self.cfg.resume else 0
         if self.check:
             for past in range(first):  # so that the summary knows of it
                 self.check.look(self.rows, past)
-        on_first_rank(self.make_folder)
         device = next(model.parameters()).device
         # disable=None: no bar where the output is not a terminal, say a log file
         silent = True if RANK > 0 else None
         self.bar = tqdm(range(first, total), self.name, total, initial=first, disable=silent)
         with asked_to_stop() as asked, contextlib.ExitStack() as failed:
-            failed.callback(self.give_up_lock)  # if it is stopped or fails, in a notebook
+            failed.callback(self.release)  # a notebook lives on if its run is stopped or fails
             for step in self.bar:
                 yield step
                 if self.check:
@@ -422,6 +422,12 @@ class Run:
                     sys.exit(130)
             failed.pop_all()
 
+    def release(self):
+        """Let other processes into the folder."""
+        if self.release_lock:  # of rank 0
+            self.release_lock()
+        self.release_lock = None
+
     def _save(self, trained, step):
         if RANK > 0:
             return
@@ -435,17 +441,16 @@ class Run:
         if not (self.unfinished / "resume.pt").exists():
             raise InputError(f"--resume: no run to resume in {self.unfinished}/; leave it out")
         saved = load_checkpoint(self.unfinished / "resume.pt")
-        before, out, default = saved["train_config"], self.cfg.out, type(self.cfg)()
+        before, default = saved["train_config"], type(self.cfg)()
+        free = ("resume", "out", "name", "device", "threads", "check")
+        paths = ("init", "rm", "data")  # files may have moved; what is in them is compared below
         for name, now in asdict(self.cfg).items():
             was = before.get(name, getattr(default, name))  # as if there had been no such option
-            moved = was
-            if isinstance(was, str) and was.startswith(f"{before['out']}/"):
-                moved = out + was.removeprefix(before["out"])  # the folder may have been moved
-            free = ("resume", "out", "name", "device", "threads", "check")
-            if now not in (was, moved) and name not in free:
+            if now != was and name not in free + paths:
                 raise InputError(f"--resume: the run to resume had --{name} {was}, not {now}")
-        for name, now in self.identity["made_from"].items():
-            if saved["made_from"].get(name) != now:
+        made_from = self.identity["made_from"]
+        for name in saved["made_from"] | made_from:
+            if saved["made_from"].get(name) != made_from.get(name):
                 raise InputError(
                     f"--resume: {MADE_FROM[name]} has changed since the run began, so it would go "
                     "on as another one; begin anew, without --resume"
@@ -509,10 +514,10 @@ class Run:
         (self.unfinished / "cost.json").write_text(json.dumps(cost))
         result = {**self.identity, "model": model.state_dict(), **extra}
         save_checkpoint(self.unfinished / "ckpt.pt", result)
-        # If killed until here, --resume finds resume.pt, and does the last steps again.
+        # If killed before this line, --resume finds resume.pt, and does the last steps again.
         replace_folder(self.folder, self.unfinished)
         (self.folder / "resume.pt").unlink(missing_ok=True)
-        self.give_up_lock()
+        self.release()
         if self.check:
             print(self.check.summary())
         print(f"{self.name}: {self.elapsed():.0f} seconds, results in {self.folder}/")
@@ -530,11 +535,12 @@ def run_path(out: str, name: str) -> Path:
     return Path(out) / name
 
 
-def take_lock(folder: Path):
+def acquire_lock(folder: Path):
     """Keep other processes out of a folder until this one ends, however it ends. Returns a function
-    that gives the lock up before. Raises InputError if another process was first.
+    that releases the lock before. Raises InputError if another process has it.
 
-    A file beside the folder says who that is.
+    A file beside the folder says who that is. It stays: were it deleted, a process that has just
+    opened it and one that makes it anew would both hold "the" lock. Windows has no such locks.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -553,43 +559,47 @@ def take_lock(folder: Path):
         )
     except OSError:
         pass  # a file system without locks
-    LOCKS[path] = file  # which closes, and gives up the lock, when the process ends
+    LOCKS[path] = file  # which the system closes, and so releases, when the process ends
     os.ftruncate(file, 0)
     since = time.strftime("%Y-%m-%d %H:%M")
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode())
 
-    def give_up():
+    def release():
         if LOCKS.get(path) == file:  # not the next run's
-            path.unlink(missing_ok=True)
             os.close(LOCKS.pop(path))
-            with contextlib.suppress(OSError):  # other runs may be unfinished
-                path.parent.rmdir()
 
-    atexit.register(give_up)
-    return give_up
+    return release
 
 
 def replace_folder(old: Path, new: Path):
-    """Let the folder `new` take the place and the name of `old`, at one moment.
+    """Let the folder `new` take the place and the name of `old`. What only `old` has is kept.
 
-    Readers see one or the other, also if this process is killed meanwhile. Files that are only in
-    `old` are kept. (Where the system cannot swap two folders at once, there is a moment without.)
+    Readers see one or the other, also if this process is killed meanwhile: Linux can swap two names
+    at once. Elsewhere there is a moment without either, and if the process is killed in it, the
+    next run of that name finds the old folder put aside (see `make_folder`).
     """
+    aside = new.with_name(f".{new.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
     if not old.exists():
         os.rename(new, old)
         return
-    for file in old.iterdir():
-        if not (new / file.name).exists():
-            copy = shutil.copytree if file.is_dir() else shutil.copy2
-            copy(file, new / file.name)
-    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, of Linux
-    rename = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1) if os.name == "posix" else None
-    if rename is None or rename(here, os.fsencode(old), here, os.fsencode(new), swap) != 0:
-        aside = new.with_name(f".{new.name}.old")
-        os.rename(old, aside)
-        os.rename(new, old)
-        new = aside
-    shutil.rmtree(new)  # the old one, by now
+    for file in old.rglob("*"):  # the user's own, say
+        copy = new / file.relative_to(old)
+        if not os.path.lexists(copy) and (file.is_symlink() or not file.is_dir()):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, copy, follow_symlinks=False)  # never half of it, as a copy might be
+            except OSError:  # a file system without links
+                shutil.copy2(file, copy, follow_symlinks=False)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    paths = os.fsencode(old), os.fsencode(new)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "renameat2"):
+        if libc.renameat2(here, paths[0], here, paths[1], exchange) == 0:
+            shutil.rmtree(new)  # which is the old one by now
+            return
+    os.rename(old, aside)
+    os.rename(new, old)
+    shutil.rmtree(aside)
 
 
 def stage_of(path: Path) -> str | None:

@@ -728,7 +728,7 @@ MUTANTS = [
         "return batch[RANK :: WORLD + 1]",
         "On several GPUs some rows are never learned from.",
         "common: shards that leave rows out",
-        "test_ranks.py::test_shards_are_equal_and_together_the_batch",
+        "test_ranks.py::test_shards_are_together_the_batch",
     ),
     Bug(
         "data/run.py",

@@ -73,7 +73,7 @@ def test_frozen_parameters_stay_where_they_are_also_on_several_processes(monkeyp
     assert model.bias.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_mean_over_a_batch_needs_no_equal_shards(monkeypatch, world):
     """Each rank divides the sum over its shard by the batch's size / WORLD; ranks are averaged."""
     batch = [3.0, 1.0, 4.0, 1.0, 5.0]

@@ -498,7 +498,7 @@ def test_best_of_n_is_the_sample_that_the_reward_model_scores_highest(chain):
 
 def test_log_probability_of_a_reply_is_that_of_training(tiny):
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8]]
-    replies = [[9, 10], [11, 12, 13, 14], [15]]
+    replies = [[9, 10, 11, 12], [13, 14], [15]]  # in the order of their lengths: 2, 3, 1
     for prompt, reply, ours in zip(prompts, replies, reply_logprobs(tiny, prompts, replies)):
         mask = torch.tensor([[False] * len(prompt) + [True] * len(reply)])
         theirs = sequence_logprobs(tiny, torch.tensor([prompt + reply]), mask).item()
@@ -526,6 +526,8 @@ def test_evaluation_reports_every_stage(chain):
     in_units = (gold.mean() - sft_gold.mean()) / sd
     assert stages["ppo"]["gold_mean"] == pytest.approx(in_units)
     assert stages["sft"]["gold_mean"] == pytest.approx(0, abs=1e-9)
+    half = 1.96 / (len(asked) - 1) ** 0.5  # of samples whose SD (over N, not N - 1) is 1
+    assert stages["sft"]["gold_ci95"] == pytest.approx([-half, half])
     assert stages["sft"]["win_rate_vs_sft"] == 0.5 and stages["sft"]["kl_to_sft"] == 0
     ids = [sft.encode(text) for text in asked], [reply.ids for reply in of_ppo]
     kl = reply_logprobs(ppo.model, *ids) - reply_logprobs(sft.model, *ids)
@@ -651,6 +653,7 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one_whole(chain, tmp_pa
         (tmp_path / name).write_text("old")
 
     def full_disk(report, path):
+        assert path.parent.parent == tmp_path  # on the disk on which they are to be
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -464,7 +464,7 @@ class Noted(Base):
         self.sft = SimpleNamespace(tokenizer=SimpleNamespace(pad=0))
 
     def scaled(self, gold):
-        return 10 * np.asarray(gold)
+        return (10 + self.seed) * np.asarray(gold)
 
     def measure(self, run):
         names = "gold gold_low gold_high kl kl_low kl_high win_rate exact_match".split()
@@ -706,9 +706,18 @@ def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
 
     monkeypatch.setattr(overoptimisation, "read_preferences", pairs)
     monkeypatch.setattr(overoptimisation, "ask_again", ask)
-    scores = np.tile(np.arange(8.0), (2, 1))
-    pool = SimpleNamespace(gold=scores, same=scores.astype(int), scores=lambda path: scores)
-    monkeypatch.setattr(overoptimisation, "make_pool", lambda base, n: pool)
+
+    def pool(base, n):
+        """Samples with gold 0 or n; the score of half of them, by judges that are found, is 1."""
+        gold = np.tile([0.0, float(n)], (2, 4)) + base.seed
+
+        def scores(path):
+            assert path in {job.result for job in ran if job.stage == "rm"}
+            return np.tile([0.0, 1.0], (2, 4))
+
+        return SimpleNamespace(gold=gold, same=np.tile(np.arange(8), (2, 1)), scores=scores)
+
+    monkeypatch.setattr(overoptimisation, "make_pool", pool)
     monkeypatch.setattr(overoptimisation, "BEST_OF", (1, 2))
     overoptimisation.overoptimisation(tmp_path / "out", tmp_path, two, quick)
     judges = [name for name in JUDGES if not quick or name in (*list(JUDGES)[:1], GOOD, CURE)]
@@ -742,6 +751,9 @@ def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
     assert {len(rows["dpo"]), len(rows["ppo"])} == {2 * 40 * len(judges)}
     assert all(row["proxy"] for row in rows["ppo"]) and not any(row["proxy"] for row in rows["dpo"])
     assert len(rows["best of n"]) == 2 * 2 * len(judges)
+    for row in rows["best of n"][::2]:  # the best of 1
+        assert float(row["gold"]) == (64 if quick else 128) / 2 + int(row["seed"])
+        assert float(row["proxy"]) == 0.5 and abs(float(row["kl"])) < 1e-9
 
 
 def test_what_is_asked_again_is_sft_against_the_policy_and_new_prompts_of_training(monkeypatch):
@@ -844,6 +856,9 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     assert [int(row["kinds"]) for row in rows[::4]] == 2 * counts
     assert [int(row["seed"]) for row in rows[::4]] == [0] * 4 + [1] * 4
     assert {row["exact_match"] for row in rows} == {"0.5"}
+    by_seed = plots.grouped(rows, "seed")
+    for row, other in zip(by_seed["0"], by_seed["1"]):  # the same prompts, another unit of gold
+        assert float(other["gold"]) == pytest.approx(1.1 * float(row["gold"]), rel=2e-3)
     left = drawn[0][1].axes[0]
     assert left.lines[0].get_xdata().tolist() == counts and left.lines[0].get_ydata()[0] == 0.5
 

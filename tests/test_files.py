@@ -466,7 +466,7 @@ def test_damaged_gzip_is_a_clear_error_wherever_it_is_damaged(tmp_path):
 
 
 def test_small_gzip_of_a_large_file_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.files, "UNPACKED", 5_000_000)
+    monkeypatch.setattr(data.files, "MAX_UNPACKED", 5_000_000)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"a" * 50_000_000))
     tracemalloc.start()
     with pytest.raises(InputError, match="bomb.gz: unpacks to more than 5 MB; if .* with gunzip"):

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+import train_pretrain
 from data.evaluate import Prompts
 from data.tokenizer import load_tokenizer
 from data.town.tasks import SHOWN
@@ -50,6 +51,11 @@ def learned_prompts(chain, learned, stage):
         tokenizer.decode(ids[ids.index(tokenizer.user) : ids.index(tokenizer.assistant)])
         for ids in learned[stage]
     }
+
+
+def test_pretraining_learns_from_whole_rows_and_never_from_a_document_of_validation(noted_chain):
+    """Those are read one by one, as long as they are; what is learned from has no end."""
+    assert {len(ids) for ids in noted_chain[2]["pretrain"]} == {train_pretrain.Config().context}
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])

@@ -71,8 +71,8 @@ OPTIONS = {
     ),
     "rm": dict(
         n_layer=1,
-        batch_size=35,
-        microbatch=15,
+        batch_size=20,
+        microbatch=8,
         epochs=3,
         lr=4e-3,
         warmup=3,
@@ -93,7 +93,7 @@ OPTIONS = {
         gamma=0.9,
         lam=0.7,
         epochs=3,
-        minibatch=4,  # 4, 4 and 2
+        minibatch=4,  # 4, 3 and 3
         microbatch=3,
         clip=0.04,
         value_clip=0.03,
@@ -110,8 +110,8 @@ OPTIONS = {
         beta=0.4,
         label_smoothing=0.2,
         nll=0.3,
-        batch_size=35,
-        microbatch=15,
+        batch_size=20,
+        microbatch=8,
         epochs=2,
         lr=4e-3,
         warmup=3,
@@ -140,7 +140,7 @@ def plots(monkeypatch):
 def models(tokenizer, tmp_path):
     """A folder with random models, none of whose weights is near 0.
 
-    base.pt and sft.pt have two layers, rm.pt has one. Some responses of sft.pt end.
+    base.pt and sft.pt have two layers, rm.pt has one. Some of their responses end.
     """
     torch.manual_seed(0)
     shape = tokenizer.n_vocab, CONTEXT
@@ -152,8 +152,9 @@ def models(tokenizer, tmp_path):
             parameter += 0.2 * torch.randn_like(parameter)
         reward_model.reward_mean.fill_(0.3)
         reward_model.reward_sd.fill_(1.7)
-        end = gpt.wte.weight[tokenizer.end]
-        gpt.ln_f.bias += 4 * end / end.norm() ** 2
+        for token, logit in ((tokenizer.end, 6), (tokenizer.eot, 4)):
+            direction = gpt.wte.weight[token]
+            gpt.ln_f.bias += logit * direction / direction.norm() ** 2
     for name, stage, model in (
         ("base", "pretrain", gpt),
         ("sft", "sft", gpt),
@@ -493,26 +494,23 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
 
 def some_pairs(folder, with_gold=True):
     """A file of preferences between demonstrations; a few of them do not fit the context."""
-    rng, tasks = (
-        random.Random(0),
-        draw_tasks(135, "pairs", "one_sum:4,fact:4,advice:2,harmful:2,summary"),
-    )
+    tasks = draw_tasks(90, "pairs", "one_sum:4,fact:4,advice:2,harmful:2,summary")
+    rng = random.Random(0)
     pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
     rows = annotate(tasks, pairs, tau=0.8, flip=0.0, seed=0)
-    for i, row in enumerate(rows):
+    path = str(folder / "pairs.jsonl")
+    write_rows(rows, path)
+    for row in rows:
         row["turns"] = [row["prompt"]]
-        if not with_gold and i % 3 == 0:  # there has been an earlier turn
-            row["turns"] = ["Hi!", "Hello.", row["prompt"]]
     if with_gold:
-        return write(rows, folder / "pairs.jsonl"), rows
-    sides = ("chosen", "rejected")
+        return path, rows
     for row in rows:
         del row["gold"], row["p"], row["kind"]
-    written = [
-        {"messages": as_messages(row["turns"]), **{side: row[side] for side in sides}}
-        for row in rows
-    ]
-    return write(written, folder / "pairs.jsonl"), rows
+    for row in rows[::3]:  # there has been an earlier turn
+        row["turns"] = ["Hi!", "Hello.", row["prompt"]]
+    messages = [as_messages(row["turns"]) for row in rows]
+    sides = [{side: row[side] for side in ("chosen", "rejected")} for row in rows]
+    return write([{"messages": m, **two} for m, two in zip(messages, sides)], path), rows
 
 
 def encode_pairs(tokenizer, rows):
@@ -615,7 +613,7 @@ def test_the_reward_model_is_what_it_is_by_hand(
     printed = capsys.readouterr().out
     assert on_screen(log, cfg, "step", "loss", "val_loss", "val_accuracy") in printed
     n, n_test = len(rows), len(test_rows)
-    assert f"{n} pairs to train on, {n_test} held out, {len(log)} steps of at most 35\n" in printed
+    assert f"{n} pairs to train on, {n_test} held out, {len(log)} steps of at most 20\n" in printed
     numbers = "  ".join(f"{k} {v:.3f}" for k, v in report.items() if isinstance(v, float))
     assert f"{n_test} held-out pairs: {numbers}\n" in printed
 
@@ -705,8 +703,8 @@ def test_dpo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     printed = capsys.readouterr().out
     columns = ["loss", "val_loss", "val_accuracy", "kl", "length", "no_end", *["gold"] * with_gold]
     assert on_screen(log, cfg, "step", *columns) in printed
-    said_first = f"{len(rows)} pairs, {len(test_rows)} held out, {len(log)} steps of at most 35\n"
-    assert said_first in printed
+    n, n_test = len(rows), len(test_rows)
+    assert f"{n} pairs to train on, {n_test} held out, {len(log)} steps of at most 20\n" in printed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -778,8 +776,9 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
         measured = []
         for _ in range(cfg.epochs):
             order = rng.permutation(cfg.rollouts)
-            for first in range(0, cfg.rollouts, cfg.minibatch):
-                minibatch = [rollouts[i] for i in order[first : first + cfg.minibatch]]
+            # Minibatches of at most --minibatch, and as equal as can be.
+            for some in np.array_split(order, math.ceil(cfg.rollouts / cfg.minibatch)):
+                minibatch = [rollouts[i] for i in some]
                 n_tokens = sum(rollout["n"] for rollout in minibatch)
                 sums = np.zeros(4)
                 for r in minibatch:

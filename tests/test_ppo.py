@@ -1,5 +1,6 @@
 """PPO, term by term: slow loops, closed forms, and the invariants that catch the usual mistakes."""
 
+import copy
 import math
 
 import pytest
@@ -170,20 +171,19 @@ def test_sampling_and_scoring_agree_on_log_probabilities(tiny):
 
 
 def test_full_kl_is_the_sum_over_the_vocabulary_and_zero_to_itself(tiny):
-    import copy
-
     other = copy.deepcopy(tiny)
     for parameter in other.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     tokens = torch.randint(50, (2, 8))
     mask = torch.zeros(2, 7, dtype=torch.bool)
     mask[0, 3:6] = mask[1, 1] = True
-    p = (tiny(tokens) @ tiny.head.T).softmax(-1)[:, :-1]
-    q = (other(tokens) @ other.head.T).softmax(-1)[:, :-1]
-    slow = ((p * (p / q).log()).sum(-1) * mask).sum(1)
     hidden, other_hidden = tiny(tokens[:, :-1]), other(tokens[:, :-1])
-    kl = full_kl(hidden, tiny.head, other_hidden, other.head, mask, 1.0)
-    torch.testing.assert_close(kl, slow, atol=1e-5, rtol=1e-4)
+    for temperature in (1.0, 0.5):
+        p = (hidden @ tiny.head.T / temperature).softmax(-1)
+        q = (other_hidden @ other.head.T / temperature).softmax(-1)
+        slow = ((p * (p / q).log()).sum(-1) * mask).sum(1)
+        kl = full_kl(hidden, tiny.head, other_hidden, other.head, mask, temperature)
+        torch.testing.assert_close(kl, slow, atol=1e-5, rtol=1e-4)
     assert (full_kl(hidden, tiny.head, hidden, tiny.head, mask, 1.0) == 0).all()
 
 

@@ -108,6 +108,21 @@ def test_annotators_who_always_press_the_wrong_button_turn_every_label():
             assert (a["p"], b["p"]) == (1, 1) and a["gold"] == b["gold"][::-1]
 
 
+def test_annotators_are_as_noisy_and_as_clumsy_as_was_asked(ending, monkeypatch, capsys):
+    asked = []
+
+    def spy(tasks, pairs, tau, flip, seed):
+        asked.append((len(tasks), tau, flip, seed))
+        rows = annotate(tasks, pairs, tau, flip, seed)
+        return [{**row, "gold": [tau, 0.0]} for row in rows]
+
+    monkeypatch.setattr("data.preferences.annotate", spy)
+    main(Config(out=str(ending), pairs=30, max_new_tokens=20, tau=0.5, flip=0.25, seed=4))
+    assert asked == [(30, 0.5, 0.25, 4)]
+    # One tau apart: sigmoid(1) = 0.731 of them prefer the better one, a quarter slips.
+    assert f"would agree with {0.25 + 0.5 * 0.7311:.1%}" in capsys.readouterr().out
+
+
 def test_who_flips_most_labels_is_warned(ending, capsys):
     few = dict(out=str(ending), pairs=30, max_new_tokens=20)
     main(Config(**few, flip=0.5))

@@ -35,6 +35,7 @@ def test_a_variant_has_its_own_folder_and_leaves_all_others_as_they_are(runs, ca
     after = contents(runs)
     assert {path: after[path] for path in before} == before
     new = {path.relative_to(runs).as_posix() for path in after.keys() - before.keys()}
+    new -= {"unfinished/.grpo-like.lock"}  # which says that nobody is at work there any more
     files = ("ckpt.pt", "cost.json", "curve.png", "log.csv", "samples.txt")
     assert new == {f"grpo-like/{name}" for name in files}
     assert not same(runs / "grpo-like", runs / "ppo")  # another gamma
@@ -123,6 +124,21 @@ def test_a_model_is_not_exported_over_a_run_and_stops_where_it_used_to(runs, tmp
         talk(Talk(ckpt=str(runs / name / "ckpt.pt"), export=str(where)))
         assert json.loads((where / "tokenizer_config.json").read_text())["eos_token"] == end
     assert contents(runs) == before
+
+
+def test_a_base_model_goes_on_with_a_document_and_an_assistant_answers_a_question(
+    chain, monkeypatch
+):
+    """Each until its own end: of the document, or of its turn."""
+    stops = []
+    monkeypatch.setattr("data.talk.sample_replies", lambda *_, stop, **how: stops.append(stop))
+    base, sft = (Speaker(chain / name / "ckpt.pt") for name in ("pretrain", "sft"))
+    tokenizer, ids = base.tokenizer, base.tokenizer.encode("Hi")
+    assert base.encode("Hi") == [tokenizer.eot, *ids]
+    assert sft.encode("Hi") == [tokenizer.user, *ids, tokenizer.assistant]
+    for speaker in (base, sft):
+        speaker.answer(["Hi"], 12, seed=0)
+    assert stops == [tokenizer.eot, tokenizer.end]
 
 
 def test_a_conversation_goes_on_until_the_end_of_the_input(chain, monkeypatch, capsys):
