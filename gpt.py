@@ -454,9 +454,10 @@ def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
     """
     path = Path(path)
     if not path.exists():
-        message, stage = f"there is no checkpoint {path}", path.parent.name
+        message, stage, out = f"there is no checkpoint {path}", path.parent.name, path.parent.parent
         if stage in STAGES:
-            message += f": run `python train_{stage}.py` first, or name another checkpoint"
+            where = "" if out == Path("out") else f" --out {out}"
+            message += f": run `python train_{stage}.py{where}` first, or name another checkpoint"
         raise InputError(message)
     try:
         with zipfile.ZipFile(path) as file:
@@ -483,8 +484,9 @@ def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dic
     """
     checkpoint = load_checkpoint(path, device)
     if (checkpoint["stage"] == "rm") != (kind is ScalarModel):
-        found = "a language model" if kind is ScalarModel else "a reward model"
-        raise InputError(f"{path} is {found}: another checkpoint is needed here")
+        kinds = ["a language model", "a reward model"]
+        found, needed = kinds if kind is ScalarModel else reversed(kinds)
+        raise InputError(f"{path} is {found}, but {needed} is needed here")
     weights = checkpoint.pop("model")
     try:
         config = GPTConfig(**checkpoint["model_config"])

@@ -23,7 +23,8 @@ with --loss simpo what that loss compares), and `accuracy` is how often it is ab
 first two: the loss only asks for their difference, and usually both fall.
 
 References: Rafailov et al. 2023; Azar et al. 2023 (IPO); Meng et al. 2024 (SimPO); Mitchell 2023
-(cDPO); Pang et al. 2024 (+ NLL). Differs in: size; the reference is run once, before training.
+(cDPO); Pang et al. 2024 (+ NLL). Differs in: size; the reference reads the pairs once, before
+training.
 """
 
 import math
@@ -125,7 +126,7 @@ def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.
 
 
 def dpo_margin(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
-    """By how much more the policy, as its own reward model, gives to chosen than to rejected: (B,).
+    """How much higher the policy, read as its own reward model, scores chosen than rejected: (B,).
 
     logprobs and ref_logprobs (2, B) are sums over a response, of chosen and of rejected; lengths
     (2, B) count its tokens, with end-of-turn.
@@ -144,7 +145,8 @@ def dpo_loss(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
     elif cfg.loss == "cdpo":  # Mitchell 2023: labels are wrong with probability eps
         loss = -(1 - eps) * F.logsigmoid(margin) - eps * F.logsigmoid(-margin)
     elif cfg.loss == "ipo":  # Azar et al. 2023, equation 17: a target, so h cannot run away
-        loss = (margin / cfg.beta - 1 / (2 * cfg.beta)) ** 2
+        h = margin / cfg.beta
+        loss = (h - 1 / (2 * cfg.beta)) ** 2
     elif cfg.loss == "simpo":  # Meng et al. 2024, equation 6
         loss = -F.logsigmoid(margin - cfg.simpo_margin)
     # Pang et al. 2024: a term that keeps chosen from becoming unlikely
@@ -214,7 +216,7 @@ def main(cfg: Config) -> dict:
     def count(batch: list[dict], passes: int):
         run.count(sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in batch), passes)
 
-    # ---- the reference speaks once: two numbers per pair, and it costs nothing while training
+    # ---- the reference reads all pairs once: two numbers each, so training steps need not run it
     all_rows = rows + test_rows
     ref_logprobs = torch.zeros(2, len(all_rows), device=device)  # of chosen, of rejected
     with torch.no_grad():
@@ -235,7 +237,7 @@ def main(cfg: Config) -> dict:
         loss = dpo_loss(logprobs, ref_logprobs, lengths, cfg)
         margin = dpo_margin(logprobs, ref_logprobs, lengths, cfg).detach()
         chosen, rejected = (logprobs - ref_logprobs).detach()
-        accuracy = (margin > 0).float()
+        accuracy = 0.5 + 0.5 * margin.sign()  # a tie is half right
         return dict(loss=loss, margin=margin, accuracy=accuracy, chosen=chosen, rejected=rejected)
 
     # ---- held-out prompts to sample on: of the town, where there is a gold reward, or of the file
@@ -277,12 +279,12 @@ def main(cfg: Config) -> dict:
         return numbers
 
     # ---- training
-    pairs = ([row["chosen_ids"], row["rejected_ids"]] for row in all_rows)
-    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(len(rows), *pairs)}
+    encoded = ([row["chosen_ids"], row["rejected_ids"]] for row in all_rows)
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(len(rows), *encoded)}
     for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
-        rounding = 0.2 if cfg.bf16 else 1e-2  # of a mean; a sum over a response may be off by more
+        rounding = 0.2 if cfg.bf16 else 1e-2  # of a mean; 5 times that of a sum over one response
         numbers = dict.fromkeys(("loss", "margin", "accuracy", "chosen", "rejected"), 0.0)
         for microbatch in microbatches(shard(batch), cfg.microbatch):
             measured = measure(microbatch)
@@ -290,8 +292,8 @@ def main(cfg: Config) -> dict:
             for name, values in measured.items():
                 numbers[name] += values.sum().item() / pairs_per_rank
             if step == 0:
-                same = torch.stack([measured["chosen"], measured["rejected"]]).abs().max()
-                assert same < 5 * rounding, "policy and reference are not the same yet"
+                difference = torch.stack([measured["chosen"], measured["rejected"]]).abs().max()
+                assert difference < 5 * rounding, "policy and reference start as the same model"
         numbers = mean_over_ranks(device, **numbers)
         if step == 0 and cfg.loss == "dpo" and not cfg.nll:
             assert abs(numbers["loss"] - math.log(2)) < rounding, "margin 0, so the loss is ln 2"

@@ -80,9 +80,9 @@ class Config:
     # reward
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (final answers)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
-    target_kl: float = 0.0  # KL per response that beta is adapted to, by 2 % at most (0 = off)
+    target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
     gamma: float = 1.0  # discount
-    lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic, errors and all
+    lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic alone
     # updates
     epochs: int = 2  # passes over the rollouts of an iteration
     minibatch: int = 64  # responses per optimizer step
@@ -259,7 +259,7 @@ class KLCoefficient:
 
 
 def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to test on, each with "messages" and at most `longest` "ids" of them.
+    """Rows to train on and to test on, each with "messages" and their "ids", at most `longest`.
 
     Rows of the town also have the "task" that gold needs, rows of a file an "answer" if it has one.
     """
@@ -268,7 +268,7 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
         for row in rows:
             row["ids"] = encode_prompt(tokenizer, row["messages"])
         lengths = [len(row["ids"]) for row in rows]
-        return keep_fitting(rows, lengths, longest, "the context minus max_new_tokens,")
+        return keep_fitting(rows, lengths, longest, "the context minus --max_new_tokens")
 
     if cfg.data:
         rows = read_prompts(cfg.data)
@@ -304,8 +304,8 @@ def load_reward_model(cfg, checkpoint: dict, device) -> tuple[ScalarModel, str]:
 def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
     """What the policy is trained on, for each reply to a row: (B,), on the CPU.
 
-    A response without an end gets no credit. Were its score only reduced, a long response that
-    earns more than the fine would pay.
+    A response without an end gets cfg.no_end_score, whatever it says: if a penalty were subtracted
+    from its score, a long response with a high enough score would still pay off.
     """
     pairs = list(zip(rows, replies))
     if cfg.reward == "rm":
@@ -373,8 +373,8 @@ def main(cfg: Config) -> dict:
         "critic_optimizer": torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw),
     }
     kl_coefficient = KLCoefficient(cfg.beta, cfg.target_kl)
-    # How far apart log-probabilities may be that should be equal. The town's are within 1e-5, but
-    # GPT-2's logits lie near -80, where float32 has fewer digits after the point.
+    # How far apart two log-probabilities that should be equal may be: the town's are within 1e-5,
+    # but GPT-2's logits lie near -80, where float32 has fewer digits after the point.
     rounding = 0.2 if cfg.bf16 else 1e-2
 
     # ---- prompts
@@ -383,8 +383,8 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     trained = dict(critic=critic, kl_coefficient=kl_coefficient, **optimizers)
-    asked = ([row["ids"], row.get("answer")] for row in rows + test_rows)
-    made_from["data"] = fingerprint(len(rows), *asked)
+    encoded = ([row["ids"], row.get("answer")] for row in rows + test_rows)
+    made_from["data"] = fingerprint(len(rows), *encoded)
     for iteration in run.steps(cfg.iterations, policy, tokenizer, made_from, **trained):
         rng = np.random.default_rng([cfg.seed, iteration])  # so that --resume repeats it
 
@@ -435,7 +435,7 @@ def main(cfg: Config) -> dict:
         kl, beta = log_ratio.sum(1), kl_coefficient.beta  # kl (B,): k1, summed over the response
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        variance = returns[mask].var(correction=0).clamp(min=1e-8)
+        variance = returns[mask].var(correction=0).clamp(min=1e-8)  # of one token 0, and not nan
         unexplained = (returns - old_values)[mask].var(correction=0) / variance
         advantages = whiten(advantages, mask)
 

@@ -226,8 +226,10 @@ def main(cfg: Config) -> dict:
 
     # ---- documents, and a tokenizer and a model to read them
     token_file = cfg.data.endswith(".bin")  # ids of GPT-2's tokenizer, from data.download
+    if token_file and not Path(cfg.data).exists():
+        raise InputError(f"there is no {cfg.data}: see `python -m data.download --list`")
     train_texts, val_texts = ([], []) if token_file else read_documents(cfg)
-    made_from = {}
+    made_from = {}  # fingerprints of what this run starts from: --resume refuses if one has changed
     if cfg.init:
         model, checkpoint = load_init(cfg.init, device)
         made_from["init"] = checkpoint["fingerprint"]
@@ -251,7 +253,7 @@ def main(cfg: Config) -> dict:
         paths = Path(cfg.data), Path(cfg.data).with_name("val.bin")
         val_texts = [tokenizer.decode(read_tokens(tokenizer, paths[1]).tolist())]
     else:
-        run.make_folder()
+        run.make_folder()  # for the files of tokens; the other stages leave it to run.steps
         paths = run.unfinished / "train.bin", run.unfinished / "val.bin"
         for texts, path in zip((train_texts, val_texts), paths):
             on_first_rank(write_tokens, texts, tokenizer, path)
@@ -276,14 +278,15 @@ def main(cfg: Config) -> dict:
         rng = np.random.default_rng([cfg.seed, step])
         batch = shard(rng.choice(starts, cfg.batch_size))
         rows = train[batch[:, None] + np.arange(cfg.context + 1)].astype(np.int64)  # (B, T + 1)
+        # WORLD processes (1 without torchrun) share the batch; their gradients are averaged below.
+        rows_per_rank = cfg.batch_size / WORLD
         loss = 0.0
         for tokens in microbatches(torch.from_numpy(rows), cfg.microbatch):
             tokens = tokens.to(device)  # (B, T + 1)
             hidden = model(tokens[:, :-1])  # (B, T, C): after reading token t ...
             target = tokens[:, 1:]  # (B, T): ... the token t + 1, which is to be predicted from it
             mean = linear_cross_entropy(hidden.flatten(0, 1), model.head, target.flatten())
-            # Its part of the batch's mean; WORLD, since gradients are averaged over ranks.
-            microbatch_loss = mean * len(tokens) / cfg.batch_size * WORLD
+            microbatch_loss = mean * len(tokens) / rows_per_rank  # its part of the batch's mean
             microbatch_loss.backward()  # adds to the gradients that are there
             loss += microbatch_loss.item()
         grad_norm = average_gradients(model, cfg.grad_clip)

@@ -14,8 +14,8 @@ it. Only differences of r are learned, so afterwards r is shifted and scaled to 
 samples of the SFT model: then PPO's KL coefficient means the same for every reward model.
 
 How good could a judge of these labels be? Annotators are noisy, so even an oracle, who knows the
-true reward of every response, agrees with only so many of them (Bayes accuracy). In the town it can
-be asked: data/metrics.py does.
+true reward of every response, agrees with only so many of them (Bayes accuracy). In the town the
+oracle can be asked: see `judge` in data/metrics.py.
 
 Reference: Stiennon et al. 2020. Differs in: size; the head starts at 0, so the first loss is ln 2.
 """
@@ -169,8 +169,8 @@ def main(cfg: Config) -> dict:
             yield score_sequences(model, [row[side] for row in test_rows], tokenizer.pad)
 
     # ---- training
-    pairs = ([row["chosen_ids"], row["rejected_ids"]] for row in rows + test_rows)
-    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(len(rows), *pairs)}
+    encoded = ([row["chosen_ids"], row["rejected_ids"]] for row in rows + test_rows)
+    made_from = {"init": checkpoint["fingerprint"], "data": fingerprint(len(rows), *encoded)}
     for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
@@ -178,14 +178,14 @@ def main(cfg: Config) -> dict:
         for microbatch in microbatches(shard(batch), cfg.microbatch):
             # One forward pass for both sides, so that they are treated alike.
             sequences = [row[side] for side in ("chosen_ids", "rejected_ids") for row in microbatch]
-            chosen, rejected = last_token_scores(model, sequences, tokenizer.pad).view(
-                2, -1
-            )  # (B,)
+            scores = last_token_scores(model, sequences, tokenizer.pad)  # (2 B,)
+            chosen, rejected = scores.view(2, -1)  # (B,) each
             # A mean over the pairs of the batch, of which this microbatch has some.
             pair_loss = preference_loss(chosen, rejected) * len(microbatch) / pairs_per_rank
             pair_loss.backward()  # adds to the gradients that are there
             loss += pair_loss.item()
-            accuracy += (chosen > rejected).sum().item() / pairs_per_rank
+            right = 0.5 + 0.5 * (chosen - rejected).sign()  # a tie is half right
+            accuracy += right.sum().item() / pairs_per_rank
         grad_norm = average_gradients(model, cfg.grad_clip)
         numbers = mean_over_ranks(device, loss=loss, accuracy=accuracy)
         if step == 0:
@@ -199,21 +199,22 @@ def main(cfg: Config) -> dict:
         if (step + 1) % cfg.eval_every == 0 or step + 1 == len(batches):
             chosen, rejected = score_test_rows()
             val_loss = preference_loss(torch.tensor(chosen), torch.tensor(rejected)).item()
-            run.log(step, val_loss=val_loss, val_accuracy=float((chosen > rejected).mean()))
+            val_accuracy = 0.5 + 0.5 * np.sign(chosen - rejected).mean()
+            run.log(step, val_loss=val_loss, val_accuracy=val_accuracy)
             run.report(step, "loss", "val_loss", "val_accuracy")
 
-    # ---- normalisation: mean 0 and SD 1 on samples of the SFT model, where PPO will start. Pairs
-    # would not do, since equal responses were left out of them. Responses without an end are left
-    # out here, too: PPO gives them a score of its own.
+    # ---- normalisation: mean 0 and SD 1 on samples of the SFT model, where PPO will start. The
+    # pairs would not do: equal responses were left out of them. Unfinished samples are left out
+    # here, since PPO gives them --no_end_score instead.
     model.eval()
     sampled_rows = rows[:: max(len(rows) // 512, 1)]  # about 512, spread over the file
     prompts = [encode_prompt(tokenizer, row["messages"]) for row in sampled_rows]
     replies = sample_replies(sft, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    pairs = list(zip(prompts, replies))
-    sequences = [prompt + reply.ids for prompt, reply in pairs if reply.ended]
+    sampled = list(zip(prompts, replies))
+    sequences = [prompt + reply.ids for prompt, reply in sampled if reply.ended]
     if not sequences:
         print("no sample of the SFT model ends: scores are normalised on unfinished ones")
-        sequences = [prompt + reply.ids for prompt, reply in pairs]
+        sequences = [prompt + reply.ids for prompt, reply in sampled]
     scores = score_sequences(model, sequences, tokenizer.pad)
     model.reward_mean.fill_(scores.mean())
     model.reward_sd.fill_(max(scores.std(), 1e-6))  # 0 if all are alike, say of one response

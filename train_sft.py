@@ -132,9 +132,11 @@ def main(cfg: Config) -> dict:
     batches = []
     for epoch in range(cfg.epochs):
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
-    # The loss of every batch is divided by this, so that a token counts the same in whatever batch
-    # it is. Divided by their own numbers, batches of short responses would count each for more.
+    # The summed loss of every batch is divided by the same number. Divided by its own, a token in a
+    # batch of short responses would weigh more. (WORLD processes, 1 without torchrun, share a
+    # batch, and average_gradients divides by WORLD again.)
     tokens_per_batch = cfg.epochs * sum(sum(row["mask"]) for row in rows) / len(batches)
+    tokens_per_rank = tokens_per_batch / WORLD
     used = cfg.epochs * sum(lengths)
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     print(
@@ -158,13 +160,13 @@ def main(cfg: Config) -> dict:
         for microbatch in microbatches(shard(batch), cfg.microbatch):
             tokens, mask = tensors(microbatch)
             microbatch_loss = sft_loss(model, tokens, mask, reduction="sum")
-            # WORLD, since the gradients of all ranks are averaged and not added.
-            (microbatch_loss * WORLD / tokens_per_batch).backward()  # adds to those that are there
+            (microbatch_loss / tokens_per_rank).backward()  # adds to the gradients that are there
             loss += microbatch_loss.item()
             n_tokens += mask.sum().item()
         grad_norm = average_gradients(model, cfg.grad_clip)
-        sums = mean_over_ranks(device, loss=loss, n_tokens=n_tokens)
-        run.log(step, loss=sums["loss"] / sums["n_tokens"], grad_norm=grad_norm)
+        per_rank = mean_over_ranks(device, loss=loss, n_tokens=n_tokens)
+        # In the log, the mean over the tokens of this batch.
+        run.log(step, loss=per_rank["loss"] / per_rank["n_tokens"], grad_norm=grad_norm)
         step_optimizers([optimizer], lr_at(step, len(batches), cfg.warmup))
         run.count(sum(len(row["ids"]) for row in batch), passes=3)  # forward 1, backward 2
 

@@ -1,4 +1,4 @@
-"""Everything beside the model, its kernels and the five scripts. Where to find what:
+"""Everything besides the model, its kernels and the five scripts. Where to find what:
 
     town/           the world: words and documents, tasks, the gold reward and the annotators
     tokenizer.py    BPE (trained here), characters, GPT-2's

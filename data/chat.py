@@ -85,8 +85,8 @@ def length_batches(
 ) -> list[np.ndarray]:
     """One epoch of batches of rows of similar length, for training: arrays of row numbers.
 
-    Padding a batch to its longest row wastes little if all its rows are about as long. But if all
-    rows were sorted, every epoch would have the same batches. So rows are shuffled, sorted by
+    Padding a batch to its longest row wastes little if all its rows are about equally long. But if
+    all rows were sorted, every epoch would have the same batches. So rows are shuffled, sorted by
     length within pools of 50 batches, and divided into batches, which are shuffled in turn. Every
     row is in one batch, and no batch is much smaller than the others: 100 rows in batches of at
     most 64 make two of 50.
@@ -161,8 +161,8 @@ def sample_replies(
 def transcript(model: GPT, tokenizer, conversations, max_new_tokens: int, seed: int) -> str:
     """One sampled response to each conversation, for samples.txt: none is cherry-picked.
 
-    Of each it has the last message, as in "> What is 4-2?", and below it the response. One that
-    fills the context gets none: after a training run that is no reason to fail.
+    Each entry is the last message, as in "> What is 4-2?", followed by the response. A conversation
+    that fills the context gets none: after a training run that is no reason to fail.
     """
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
     fits = [len(prompt) < model.config.context for prompt in prompts]

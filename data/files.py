@@ -15,7 +15,7 @@ r"""Your own text: from files to rows, with messages that name file and line of 
     PPO           any of the above; it uses the prompts (and --reward exact the responses of SFT)
 
 For a text there may be a list of messages, or a dialogue in the form of HH-RLHF, "\n\nHuman: ...
-\n\nAssistant: ...", in "prompt", "chosen", "rejected" and responses. A field that is null is none.
+\n\nAssistant: ...", in "prompt", "chosen", "rejected" and responses. A null field counts as absent.
 
 A file is JSON (one list of objects) or JSONL (one object per line), gzipped or not. Every reader
 returns rows of one form: dicts with "messages" (see data/chat.py), "where" (file and line, for
@@ -424,8 +424,8 @@ def held_out(rows: list) -> tuple[list, list]:
 
 
 def content_key(row: str | dict) -> str:
-    """Two rows are equal if this is: their text, or their messages and both responses, whichever
-    of them was chosen."""
+    """What makes two rows equal: their text, or their messages and both responses, in either
+    order."""
     if isinstance(row, str):
         return row
     responses = sorted(row[side] for side in ("chosen", "rejected") if side in row)
@@ -444,11 +444,13 @@ def keep_fitting(
     too_long = [f"{row['where']} ({n} tokens)" for row, n in zip(rows, lengths) if n > limit]
     if too_long:
         print(
-            f"left out {len(too_long):,} of {len(rows):,} rows, longer than {what} of {limit} "
-            f"tokens: {first_few(too_long)}"
+            f"left out {len(too_long):,} of {len(rows):,} rows, of more than {limit} tokens "
+            f"({what}): {first_few(too_long)}"
         )
     if len(too_long) == len(rows):
-        raise InputError(f"no row fits {what} of {limit} tokens; pretrain with a larger --context")
+        raise InputError(
+            f"no row fits into {limit} tokens ({what}); pretrain with a larger --context"
+        )
     return [row for row, n in zip(rows, lengths) if n <= limit]
 
 
@@ -481,7 +483,7 @@ def write_rows(rows: list[dict], out: str | Path):
 
 
 def write_tokens(texts: list[str], tokenizer, path: str | Path):
-    """Encode documents into one file of ids, end-of-text before each: where the next one begins."""
+    """Encode documents into one file of ids, each after an end-of-text token."""
     with replacing(path) as partial, open(partial, "wb") as file:
         for text in texts:
             ids = [tokenizer.eot] + tokenizer.encode(text)

@@ -44,7 +44,7 @@ from kernels import backend
 # This process's number, and how many there are: torchrun says so.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCKS = {}  # held by this process: path -> file descriptor
-# What a run was made from, in the words of a message.
+# How messages name what a run was made from.
 MADE_FROM = {
     "init": "the checkpoint of --init",
     "rm": "the reward model",
@@ -108,10 +108,11 @@ def parse_config(config_class):
 
 
 def run_script(main, config_class=None):
-    """Run a script from the command line. An error that its user can mend ends it with one line.
+    """Run a script from the command line.
 
-    Such as a full disk, or a file that is not there. If nobody reads its output any more (`... |
-    head`) it ends in silence, with status 1. A terminal that lacks a character shows "?" instead.
+    An error that its user can mend (a full disk, a missing file) ends it with one line. If nobody
+    reads its output any more (`... | head`) it ends in silence, with status 1. A terminal that
+    lacks a character shows "?" instead.
     """
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         # None where the shell has closed it; and one process speaks for all
@@ -130,6 +131,8 @@ def run_script(main, config_class=None):
         raise SystemExit(printable(str(error)))
     except OSError as error:
         raise SystemExit(printable(f"cannot read or write: {error}"))
+    except KeyboardInterrupt:  # not in training, where Run hears it
+        raise SystemExit("\nstopped; earlier results are untouched")
     finally:
         if WORLD > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
@@ -138,13 +141,13 @@ def run_script(main, config_class=None):
 def printable(text: str) -> str:
     """Text whose control characters, but for line ends and tabs, are spelled out, as in \\x1b.
 
-    A reply or a row of a file could else move the cursor of a terminal, or rename its window.
+    A reply or a row of a file could otherwise move the cursor of a terminal, or rename its window.
     """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 class PrintableStream:
-    """A stream that writes `printable` text, and is in all else the stream that it is made from."""
+    """A stream that writes `printable` text, and otherwise behaves like the one that it wraps."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -194,8 +197,10 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: there are auto, cpu, cuda and mps")
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if missing.get(name, name not in ("cpu", "cuda", "mps")):
+    if missing.get(name):
         raise InputError(f"--device {name}: not available here; try --device cpu")
     return torch.device(name)
 
@@ -223,8 +228,11 @@ def set_speed(cfg, *models):
 
 
 def shard(batch):
-    """Every WORLD-th item of a batch, from this rank's number on. Shards may differ by one item, so
-    a mean over the batch is the sum over a shard, divided by the batch's size / WORLD."""
+    """Every WORLD-th item of a batch, from this rank's number on.
+
+    Shards may differ by one item. So every rank divides its sum by (size of the batch / WORLD): the
+    mean of these over ranks is the mean over the batch.
+    """
     return batch[RANK::WORLD]
 
 
@@ -264,7 +272,7 @@ def sum_over_ranks(*tensors: torch.Tensor):
 
 
 def mean_over_ranks(device, **numbers) -> dict[str, float]:
-    """Means over this rank's shard -> means over the batch."""
+    """The mean of each number over ranks."""
     if WORLD > 1:
         values = torch.tensor([float(x) for x in numbers.values()], device=device)
         distributed.all_reduce(values)
@@ -352,7 +360,7 @@ class Run:
         checkpoints = self.folder / "ckpt.pt", self.unfinished / "resume.pt"
         for other in [self.name] if self.name in STAGES else map(stage_of, checkpoints):
             if other not in (None, stage):
-                raise InputError(f"--name {self.name}: a run of train_{other}.py; choose another")
+                raise InputError(f"--name {self.name} belongs to train_{other}.py: choose another")
         self.release_lock = None  # until `make_folder`
         self.rows = []  # one dict per line of log.csv
         self.forwards = 0.0  # see `count`
@@ -402,8 +410,8 @@ class Run:
         # disable=None: no bar where the output is not a terminal, say a log file
         silent = True if RANK > 0 else None
         self.bar = tqdm(range(first, total), self.name, total, initial=first, disable=silent)
-        with asked_to_stop() as asked, contextlib.ExitStack() as failed:
-            failed.callback(self.release)  # a notebook lives on if its run is stopped or fails
+        with asked_to_stop() as asked, contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.release)  # a notebook lives on if its run is stopped or fails
             for step in self.bar:
                 yield step
                 if self.check:
@@ -416,11 +424,12 @@ class Run:
                 if stop:
                     name = f" --name {self.name}" if self.cfg.name else ""
                     print(
-                        f"\nstopped after step {step}. `python train_{self.stage}.py{name} "
-                        f"--resume` (with the same options) resumes {self.unfinished}/resume.pt"
+                        f"\nstopped after {self.unit} {step + 1}. `python train_{self.stage}.py"
+                        f"{name} --resume` (with the same options) resumes "
+                        f"{self.unfinished}/resume.pt"
                     )
                     sys.exit(130)
-            failed.pop_all()
+            on_failure.pop_all()
 
     def release(self):
         """Let other processes into the folder."""
@@ -439,7 +448,9 @@ class Run:
 
     def _load(self, trained) -> int:
         if not (self.unfinished / "resume.pt").exists():
-            raise InputError(f"--resume: no run to resume in {self.unfinished}/; leave it out")
+            raise InputError(
+                f"--resume: no run to resume in {self.unfinished}/; start without --resume"
+            )
         saved = load_checkpoint(self.unfinished / "resume.pt")
         before, default = saved["train_config"], type(self.cfg)()
         free = ("resume", "out", "name", "device", "threads", "check")
@@ -452,8 +463,8 @@ class Run:
         for name in saved["made_from"] | made_from:
             if saved["made_from"].get(name) != made_from.get(name):
                 raise InputError(
-                    f"--resume: {MADE_FROM[name]} has changed since the run began, so it would go "
-                    "on as another one; begin anew, without --resume"
+                    f"--resume: {MADE_FROM[name]} has changed since the run began, so this would "
+                    "be a different run; start again without --resume"
                 )
         for name, part in trained.items():
             part.load_state_dict(saved[name])
@@ -461,7 +472,7 @@ class Run:
         return saved["step"]
 
     def elapsed(self) -> float:
-        """Seconds of this run, those before it was resumed included."""
+        """Seconds of this run, including those before --resume."""
         return self.seconds + time.perf_counter() - self.started
 
     def count(self, tokens: int, passes: float):
@@ -474,7 +485,10 @@ class Run:
         self.forwards += tokens * passes
 
     def log(self, step: int, **numbers: float):
-        """Add numbers to the row of this step. Raises InputError if one of them is not finite."""
+        """Add numbers to the row of this step. log.csv counts steps from 0, the screen from 1.
+
+        Raises InputError if one of the numbers is not finite.
+        """
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise InputError(
@@ -537,7 +551,7 @@ def run_path(out: str, name: str) -> Path:
 
 def acquire_lock(folder: Path):
     """Keep other processes out of a folder until this one ends, however it ends. Returns a function
-    that releases the lock before. Raises InputError if another process has it.
+    that releases it earlier. Raises InputError if another process has it.
 
     A file beside the folder says who that is. It stays: were it deleted, a process that has just
     opened it and one that makes it anew would both hold "the" lock. Windows has no such locks.
@@ -554,15 +568,15 @@ def acquire_lock(folder: Path):
         holder = os.read(file, 200).decode(errors="replace")
         os.close(file)
         raise InputError(
-            f"{folder}: {holder} is at work there; wait for it, stop it, or choose another --name "
-            "or --out"
+            f"another run is using {folder} ({holder}): wait for it, stop it, or choose another "
+            "--name or --out"
         )
     except OSError:
         pass  # a file system without locks
     LOCKS[path] = file  # which the system closes, and so releases, when the process ends
     os.ftruncate(file, 0)
     since = time.strftime("%Y-%m-%d %H:%M")
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode())
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
 
     def release():
         if LOCKS.get(path) == file:  # not the next run's
@@ -574,8 +588,8 @@ def acquire_lock(folder: Path):
 def replace_folder(old: Path, new: Path):
     """Let the folder `new` take the place and the name of `old`. What only `old` has is kept.
 
-    Readers see one or the other, also if this process is killed meanwhile: Linux can swap two names
-    at once. Elsewhere there is a moment without either, and if the process is killed in it, the
+    Readers see one or the other, even if this process is killed in between: Linux can swap two
+    names at once. Elsewhere there is a moment without either, and if the process is killed in it, the
     next run of that name finds the old folder put aside (see `make_folder`).
     """
     aside = new.with_name(f".{new.name}.old")

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import re
 import tracemalloc
@@ -560,7 +559,9 @@ def test_a_file_is_replaced_when_it_is_complete_and_not_before(tmp_path):
         assert path.read_text("utf-8") == '{"a": "é"}\n'
         with replacing(path) as partial:
             partial.write_text("new")
-            assert str(os.getpid()) in partial.name  # two processes do not share it
-            assert path.read_text("utf-8") == '{"a": "é"}\n'
+            with replacing(path) as another:
+                assert another != partial  # two processes do not share it
+                another.write_text("old")
+            assert path.read_text("utf-8") == "old"
         assert path.read_text() == "new" and reader.read() == '{"a": "é"}\n'.encode()
     assert list(path.parent.iterdir()) == [path]

@@ -24,8 +24,7 @@ def some_run(tmp_path):
             a_run.shown = numbers
 
     a_run.bar = Bar()
-    yield a_run
-    a_run.give_up_lock()
+    return a_run
 
 
 def test_numbers_of_one_step_stand_in_one_row(some_run):

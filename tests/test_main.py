@@ -101,7 +101,7 @@ OPTIONS = {
         lr=2e-3,
         critic_lr=2e-2,
         warmup=1,
-        grad_clip=0.3,
+        grad_clip=0.2,
         seed=5,
         eval_every=2,
     ),
@@ -203,8 +203,10 @@ def encoded(tokenizer, turns, opened=False):
     """Ids of what user and assistant say in turn; opened: the assistant has the word next."""
     ids = []
     for i, text in enumerate(turns):
-        opening, end = (tokenizer.assistant, tokenizer.end) if i % 2 else (tokenizer.user, None)
-        ids += [opening, *tokenizer.encode(text), *[end] * (end is not None)]
+        if i % 2 == 0:
+            ids += [tokenizer.user, *tokenizer.encode(text)]
+        else:
+            ids += [tokenizer.assistant, *tokenizer.encode(text), tokenizer.end]
     return ids + [tokenizer.assistant] * opened
 
 
@@ -483,8 +485,7 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     )
     assert f"{said_first} is padding. One, with [[what is learned]]:\n    " in printed
     shown = tokenizer.show(rows[0][0])
-    for part in ("<|assistant|>", "<|end|>"):
-        shown = shown.replace(part, {"<|assistant|>": part + "[[", "<|end|>": part + "]]"}[part])
+    shown = shown.replace("<|assistant|>", "<|assistant|>[[").replace("<|end|>", "<|end|>]]")
     assert f"\n    {shown}\n" in printed
 
 
@@ -894,7 +895,7 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     assert result == last
     for row in log[1:]:  # all that could be zero, or the same everywhere, is not
         assert 0 < row["no_end"] < 1 and 0 < row["clipfrac"] < 1 and row["kl_full"] > 1e-3
-    assert min(log[0]["policy_grad_norm"], log[0]["critic_grad_norm"]) > cfg.grad_clip
+    assert min(log[0]["policy_grad_norm"], log[0]["critic_grad_norm"]) > cfg.grad_clip  # clipped
     assert len({row["beta"] for row in log}) == (3 if cfg.target_kl else 1)
     printed = capsys.readouterr().out
     columns = "proxy gold kl length no_end greedy_proxy greedy_gold".split()
@@ -998,6 +999,53 @@ class Enough(Exception):
     """Nothing after this matters to the test."""
 
 
+def begin(stage, cfg, monkeypatch):
+    """Run a stage up to its first step. Returns what that would train, and from what."""
+    given = []
+
+    def steps(self, total, model, tokenizer, made_from, **others):
+        given.append((total, made_from, others))
+        raise Enough
+
+    monkeypatch.setattr("data.run.Run.steps", steps)
+    with pytest.raises(Enough):
+        SCRIPTS[stage].main(cfg)
+    return given[0]
+
+
+FIELDS = {  # of the rows that a stage reads
+    "pretrain": ["text"],
+    "sft": ["prompt", "response"],
+    "rm": ["prompt", "chosen", "rejected"],
+    "ppo": ["prompt", "response"],
+    "dpo": ["prompt", "chosen", "rejected"],
+}
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_run_knows_every_row_that_it_was_made_from(models, monkeypatch, stage):
+    """To learn from or to be measured on: --resume compares, and without that could not notice."""
+    paths = dict(init=f"{models}/sft.pt", data=f"{models}/rows.jsonl")
+    paths |= dict(rm=f"{models}/rm.pt", reward="rm") if stage == "ppo" else {}
+    rows = [{name: f"{name} number {i}" for name in FIELDS[stage]} for i in range(20)]
+
+    def made_from(rows):
+        write_rows(rows, paths["data"])
+        return begin(stage, config(stage, models, **paths), monkeypatch)[1]
+
+    before = made_from(rows)
+    assert before == made_from(rows)
+    assert before["init"] == load_model(paths["init"])[1]["fingerprint"]
+    if stage == "ppo":
+        assert before["rm"] == load_model(paths["rm"], kind=ScalarModel)[1]["fingerprint"]
+    for changed in (3, -1):  # one to learn from, one that is held out
+        for name in FIELDS[stage]:
+            others = [dict(row) for row in rows]
+            others[changed][name] += "!"
+            assert made_from(others) == {**before, "data": made_from(others)["data"]}
+            assert made_from(others)["data"] != before["data"], (changed, name)
+
+
 @pytest.mark.parametrize(
     "stage, expected",
     [
@@ -1021,13 +1069,8 @@ def test_every_model_of_a_stage_obeys_the_options_of_speed(models, monkeypatch, 
             learns = all(p.requires_grad for p in model.parameters())
             found.append(f"{type(model).__name__} {'learns' if learns else 'frozen'}")
 
-    def steps(*_, **__):
-        raise Enough
-
     start = SCRIPTS[stage].start
     monkeypatch.setattr(SCRIPTS[stage], "start", lambda cfg: started.append(cfg) or start(cfg))
     monkeypatch.setattr(SCRIPTS[stage], "set_speed", set_speed)
-    monkeypatch.setattr("data.run.Run.steps", steps)
-    with pytest.raises(Enough):
-        SCRIPTS[stage].main(cfg)
+    begin(stage, cfg, monkeypatch)
     assert sorted(found) == expected and started == [cfg]

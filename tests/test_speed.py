@@ -9,7 +9,7 @@ import torch
 from tiny_runs import SCRIPTS, prepare, run
 
 import train_sft
-from data.run import microbatches, set_speed
+from data.run import microbatches, set_speed, start
 from gpt import GPT, ScalarModel, generate
 from kernels import linear_cross_entropy
 from train_ppo import response_logprobs
@@ -67,6 +67,19 @@ def test_in_bfloat16_sampling_and_scoring_nearly_agree(tiny):
         mask = torch.tensor([[False] * 2 + [True] * len(reply)])
         logprobs, _ = response_logprobs(tiny(tokens[:, :-1]), tiny.head, tokens[:, 1:], mask, 1.0)
         torch.testing.assert_close(logprobs[mask], torch.tensor(given), atol=0.1, rtol=0)
+
+
+def test_threads_and_seed_are_set_before_anything_is_made(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    drawn = []
+    for cfg in (train_sft.Config(device="cpu"), train_sft.Config(device="cpu", threads=1, seed=5)):
+        start(cfg)
+        drawn.append(torch.rand(1))
+        assert torch.equal(
+            drawn[-1], torch.rand(1, generator=torch.Generator().manual_seed(cfg.seed))
+        )
+    assert threads == [1] and drawn[0] != drawn[1]  # 0 leaves the number to PyTorch
 
 
 def test_options_of_speed_reach_the_model_inside_every_model(tiny, monkeypatch):
