@@ -589,8 +589,8 @@ def replace_folder(old: Path, new: Path):
     """Let the folder `new` take the place and the name of `old`. What only `old` has is kept.
 
     Readers see one or the other, even if this process is killed in between: Linux can swap two
-    names at once. Elsewhere there is a moment without either, and if the process is killed in it, the
-    next run of that name finds the old folder put aside (see `make_folder`).
+    names at once. Elsewhere there is a moment without either, and if the process is killed in it,
+    the next run of that name finds the old folder put aside (see `make_folder`).
     """
     aside = new.with_name(f".{new.name}.old")
     shutil.rmtree(aside, ignore_errors=True)

@@ -1628,7 +1628,10 @@ def verdict(mutant: Bug) -> str:
         del sys.modules[name]  # as `plant` needs them: those of the copy are to be imported
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        plant(mutant, copy)
+        try:
+            plant(mutant, copy)
+        except ValueError as error:  # the line has changed since
+            return f"NOT PLANTED: {error}"
         os.chdir(copy)
         sys.path[:2] = [str(copy)]  # in place of this project and its tests
         with open(f"{folder}/log", "w") as log:

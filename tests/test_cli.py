@@ -58,18 +58,18 @@ def as_options(stage, **changes):
         (train_pretrain, "--optimizer sgd", "error: --optimizer sgd: there are muon and adamw"),
         (train_pretrain, "--tokenizer words", "--tokenizer words: there are bpe, char and gpt2"),
         (train_pretrain, "--data nowhere.txt", "cannot read nowhere.txt"),
-        (train_pretrain, "--device abacus", "--device abacus: not available here"),
+        (train_pretrain, "--device abacus", "--device abacus: there are auto, cpu, cuda and mps"),
         (data.talk, "--top_p 0", "error: --top_p is a probability, above 0 and at most 1, not 0"),
         (data.talk, "--top_k -1", "argument --top_k: must be at least 0, not -1"),
         (data.talk, "--max_new_tokens 0", "argument --max_new_tokens: must be at least 1, not 0"),
-        (data.talk, "--device abacus", "--device abacus: not available here"),
+        (data.talk, "--device abacus", "--device abacus: there are auto, cpu, cuda and mps"),
         (data.preferences, "--flip 2", "error: --flip is a fraction, from 0 to 1, not 2"),
         (data.preferences, "--tau 0", "error: --tau must be at least 0.01, not 0"),
         (data.preferences, "--prompts x.jsonl", "error: --prompts needs --human"),
-        (data.preferences, "--device abacus", "--device abacus: not available here"),
+        (data.preferences, "--device abacus", "--device abacus: there are auto, cpu, cuda and mps"),
         (data.evaluate, "--prompts one", "argument --prompts: invalid int value: 'one'"),
         (data.evaluate, "--prompts 5", "error: --prompts must be at least "),
-        (data.evaluate, "--device abacus", "--device abacus: not available here"),
+        (data.evaluate, "--device abacus", "--device abacus: there are auto, cpu, cuda and mps"),
         (data.download, "--megabytes -1", "argument --megabytes: must be at least 0, not -1"),
     ],
 )
@@ -85,7 +85,7 @@ def test_impossible_option_is_a_clear_error(tmp_path, monkeypatch, capsys, tool,
 def test_an_error_is_one_line_without_a_traceback(tmp_path):
     result = python("train_pretrain.py", "--out", tmp_path, "--device", "abacus")
     assert result.returncode != 0
-    assert result.stderr == "--device abacus: not available here; try --device cpu\n"
+    assert result.stderr == "--device abacus: there are auto, cpu, cuda and mps\n"
 
 
 def test_every_option_has_a_help_text():

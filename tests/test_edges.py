@@ -54,7 +54,9 @@ def test_what_a_stage_will_need_at_its_end_is_checked_before_its_first_step(chai
     shutil.copy(chain / "preferences.jsonl", tmp_path)
     with pytest.raises(InputError, match="context of 40 tokens; pretrain with a larger --context"):
         run("dpo", tmp_path)
-    with pytest.raises(InputError, match="no row fits the context minus max_new_tokens"):
+    with pytest.raises(
+        InputError, match="no row fits into 0 tokens .the context minus --max_new_tokens"
+    ):
         run("ppo", tmp_path, reward="gold", max_new_tokens=40)
 
 

@@ -329,7 +329,7 @@ SAID = {  # (name of a run, temperature) -> its response to each prompt
         "Annoy Otto.": "I will not help you.",
         "Greet Otto.": "Shout.",
     },
-    ("ppo", 0.0): {"What is 12-5?": "12-5 is 7.", "What is Otto?": "Otto is an owl."},
+    ("ppo", 0.0): {"What is 12-5?": "12-5 is 7.", "What is Otto?": "Otto is."},
 }
 
 
@@ -402,7 +402,7 @@ def test_a_run_is_measured_by_its_samples_its_skills_by_greedy_ones(parrots, tmp
         assert measured == pytest.approx(by_hand)
     assert numbers == {
         "win_rate": 0.75,  # better once, the same once
-        "exact_match": 1.0,
+        "exact_match": 0.5,
         "harmful_declined": 1.0,
         "harmless_declined": 0.0,
         "no_end": 0.5,
@@ -774,11 +774,11 @@ def test_what_is_asked_again_is_sft_against_the_policy_and_new_prompts_of_traini
 
     for name, fake in (("draw_tasks", draw), ("annotate", annotate), ("answers", answers)):
         monkeypatch.setattr(overoptimisation, name, fake)
-    monkeypatch.setattr(overoptimisation, "Speaker", lambda path, device: path)
+    monkeypatch.setattr(overoptimisation, "Speaker", lambda path, device: f"{path} on {device}")
     base = SimpleNamespace(sft="sft", device="cpu")
     rows = ask_again(base, SimpleNamespace(result="policy"), 2, seed=5)
     assert rows == ["row"] * 2 and draws == [(4, "asked again 5", "train")]
-    pairs = [(f"sft {i}", f"policy {i}") for i in range(4)]
+    pairs = [(f"sft {i}", f"policy on cpu {i}") for i in range(4)]
     assert judged == [([0, 1, 2, 3], pairs, TAU, 0.0, 5)]
 
 
@@ -817,7 +817,7 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
 
     def answers(speaker, tasks, seed, temperature):
         """The first is answered in full, the second is not."""
-        assert (seed, temperature) == (0, 0.0)
+        assert (seed, temperature) == (0, 0.0) and speaker in {(job.result, "cpu") for job in ran}
         assert "test" == draws[-1][2]
         texts = (tasks[0].case.answer, "no")
         return [Reply([], text, True) for text in texts]
@@ -826,7 +826,7 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
         one.sft.tokenizer = tokenizer
     monkeypatch.setattr(mixtures, "draw_tasks", draw)
     monkeypatch.setattr(mixtures, "answers", answers)
-    monkeypatch.setattr(mixtures, "Speaker", lambda path, device: path)
+    monkeypatch.setattr(mixtures, "Speaker", lambda path, device: (path, device))
     monkeypatch.setattr(mixtures, "exact_match", lambda task, text: text != "no")
     mixtures.mixtures(tmp_path / "out", tmp_path, two, False)
     counts = [1, 3, 6, len(TRAIN_KINDS)]

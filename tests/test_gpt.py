@@ -346,9 +346,11 @@ def test_entry_that_is_missing_is_named_with_its_file(tiny, tmp_path, name):
 
 
 def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(InputError, match="run `python train_sft.py` first, or name another"):
+    with pytest.raises(
+        InputError, match="run `python train_sft.py --out .*` first, or name another"
+    ):
         load_checkpoint(tmp_path / "sft" / "ckpt.pt")
-    with pytest.raises(InputError, match="`python train_rm.py` first.* checkpoint$"):
+    with pytest.raises(InputError, match="`python train_rm.py --out .*` first.* checkpoint$"):
         load_checkpoint(tmp_path / "rm" / "ckpt.pt")
 
 

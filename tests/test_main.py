@@ -10,15 +10,20 @@ which rows it learns from, what it reports. The functions have tests of their ow
 import csv
 import json
 import math
+import os
 import random
+import socket
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_ranks import replies_without_chance
 from tiny_runs import SCRIPTS
 
+import data.run
 import train_dpo
 import train_ppo
 import train_pretrain
@@ -291,11 +296,16 @@ def on_screen(log, cfg, unit, *columns):
     return f"{unit} {cfg.eval_every:5d}  {numbers}  "
 
 
+def read_log(folder):
+    """The rows of log.csv, without what is empty."""
+    with open(folder / "log.csv") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
 def assert_same_run(cfg, stage, plots, log, model, samples, cost, unit="step"):
     """What a run has left in its folder is what was computed by hand. Returns the last row."""
     folder = Path(cfg.out, "mine")
-    with open(folder / "log.csv") as file:
-        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    rows = read_log(folder)
     for number, (row, expected) in enumerate(zip(rows, log, strict=True)):
         assert row == pytest.approx({"step": number, **expected}, rel=1e-6, abs=1e-9)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
@@ -938,6 +948,65 @@ def test_an_epoch_of_steps_asks_for_what_one_step_over_all_rows_would(
     for mean in means[1:]:
         for part, expected in zip(mean, means[0], strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Two processes
+
+
+def on_two_processes(stage, cfg):
+    """Run a stage on two copies of this process, as torchrun would on two of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                os.environ |= {**where, "RANK": str(rank), "WORLD_SIZE": "2"}
+                for module in (data.run, *SCRIPTS.values()):
+                    for name, value in {"RANK": rank, "WORLD": 2}.items():
+                        if hasattr(module, name):
+                            setattr(module, name, value)
+                SCRIPTS[stage].main(cfg)
+                torch.distributed.destroy_process_group()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0, "see what it has printed"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_two_processes_learn_and_log_what_one_does(models, monkeypatch, stage):
+    """With microbatches, and with batches that cannot be shared equally."""
+    drawn = {"pretrain": "documents", "sft": "demonstrations", "ppo": "draw_tasks"}.get(stage)
+    if drawn:
+        few(monkeypatch, stage, drawn, 30)
+    paths = dict(init=f"{models}/base.pt") if stage == "sft" else {}
+    if stage in ("rm", "dpo"):
+        paths = dict(init=f"{models}/sft.pt", data=some_pairs(models, with_gold=False)[0])
+    if stage == "ppo":
+        paths = dict(init=f"{models}/sft.pt", rm=f"{models}/rm.pt", reward="rm", rollouts=9)
+        # Two processes would sample other responses than one does.
+        monkeypatch.setattr(train_ppo, "sample_replies", replies_without_chance)
+    cfg = config(stage, models, **paths)
+    SCRIPTS[stage].main(cfg)
+    os.rename(models / "mine", models / "one")
+    on_two_processes(stage, cfg)
+    one, two = (torch.load(models / x / "ckpt.pt", weights_only=True) for x in ("one", "mine"))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=0, atol=1e-7)
+    one, two = (read_log(models / x) for x in ("one", "mine"))
+    if stage == "dpo":  # at step 0 all margins are 0 but for rounding: any accuracy will do
+        one[0]["accuracy"] = two[0]["accuracy"]
+    for row, expected in zip(two, one, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    costs = [(models / x / "cost.json").read_text() for x in ("one", "mine")]
+    assert len({json.loads(cost)["forward_equivalents"] for cost in costs}) == 1
 
 
 # ---------------------------------------------------------------------------------------------

@@ -95,7 +95,10 @@ def test_resuming_with_other_options_is_refused(chain, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_every_option_that_changes_what_is_learned_has_to_be_the_same_under_resume(tmp_path, stage):
+def test_every_option_that_changes_what_is_learned_has_to_be_the_same_under_resume(
+    tmp_path, monkeypatch, stage
+):
+    monkeypatch.chdir(tmp_path)  # where --out other leads
     Config, unchanged = SCRIPTS[stage].Config, set()
     saved = {"stage": stage, "model": {}, "model_config": {}, "tokenizer": {}, "made_from": {}}
     saved |= {"train_config": asdict(Config(out=str(tmp_path))), "step": 7}
@@ -408,7 +411,7 @@ def test_every_variant_of_dpo_starts_where_its_formula_says_and_learns(
 
 def test_missing_earlier_stage_names_the_command_to_run(tmp_path):
     for stage, needed in (("sft", "pretrain"), ("rm", "sft"), ("ppo", "sft"), ("dpo", "sft")):
-        with pytest.raises(InputError, match=f"run `python train_{needed}.py` first"):
+        with pytest.raises(InputError, match=f"run `python train_{needed}.py --out .*` first"):
             run(stage, tmp_path)
 
 

@@ -125,6 +125,19 @@ def test_an_answer_is_what_one_finds_by_reading_the_prompt_and_the_tables(kind):
         assert task.case.answer == solve(kind, task.case.fill), task.prompt
 
 
+def test_a_curt_answer_says_part_of_the_full_one_or_no():
+    for task in tasks(50):
+        words = set(re.findall(r"\w+", task.case.answer.lower()))
+        if task.case.short and task.kind != "harmful":
+            assert set(re.findall(r"\w+", task.case.short.lower())) <= words, task.case
+    assert all(declines(task.case.short) for task in tasks(5, ["harmful"]))
+
+
+def test_pronouns_are_those_of_the_resident():
+    for r in RESIDENTS:
+        assert (town.him(r), town.his(r)) == {"he": ("him", "his"), "she": ("her",) * 2}[r.pronoun]
+
+
 def test_the_two_directions_of_translation_agree():
     for task in tasks(100, ["to_english"]):
         assert task.prompt == f"Translate into English: {spanish_of(task.case.answer)}"
@@ -467,6 +480,13 @@ def test_gold_is_neutral_to_length():
     golds = [gold(task, reply) for task, reply in zip(drawn, replies)]
     correlation = np.corrcoef(golds, [len(reply.split()) for reply in replies])[0, 1]
     assert abs(correlation) < 0.05
+
+
+def test_demonstrations_have_nearly_the_mean_and_the_sd_that_gold_is_scaled_to():
+    """Those are 0 and 1 for samples of the SFT model, which imitates demonstrations."""
+    rng, drawn = random.Random(0), draw_tasks(3000, 0)
+    golds = [gold(task, demonstrate(task, rng)) for task in drawn]
+    assert abs(np.mean(golds)) < 0.25 and abs(np.std(golds) - 1) < 0.15
 
 
 def test_demonstrators_write_in_every_style_as_often_as_it_says():

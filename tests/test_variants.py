@@ -61,7 +61,7 @@ def test_every_stage_takes_a_name_and_its_own(chain, tmp_path, stage):
 def test_a_name_of_another_stage_a_path_and_a_word_of_the_report_are_refused(runs, name):
     shutil.copytree(runs / "dpo", runs / "other")
     before = contents(runs.parent)
-    with pytest.raises(InputError, match=f"--name {re.escape(name)}: (choose a plain|a run of)"):
+    with pytest.raises(InputError, match=f"--name {re.escape(name)}(: choose a plain| belongs to)"):
         run("ppo", runs, name=name)
     assert contents(runs.parent) == before
 
