@@ -856,10 +856,13 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     assert [int(row["kinds"]) for row in rows[::4]] == 2 * counts
     assert [int(row["seed"]) for row in rows[::4]] == [0] * 4 + [1] * 4
     assert {row["exact_match"] for row in rows} == {"0.5"}
+    one_sum = (points(1) + points(-1)) / 2  # right once and wrong once
+    assert float(rows[1]["gold"]) == pytest.approx(10 * one_sum, rel=1e-3)
     by_seed = plots.grouped(rows, "seed")
     for row, other in zip(by_seed["0"], by_seed["1"]):  # the same prompts, another unit of gold
         assert float(other["gold"]) == pytest.approx(1.1 * float(row["gold"]), rel=2e-3)
-    left = drawn[0][1].axes[0]
+    left, right = drawn[0][1].axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("exact match", "gold, SD of SFT samples")
     assert left.lines[0].get_xdata().tolist() == counts and left.lines[0].get_ydata()[0] == 0.5
 
 

@@ -559,7 +559,8 @@ def reward_model_by_hand(cfg, tokenizer, rows, test_rows):
 
     def describe(chosen, rejected):
         losses = -log_sigmoid(chosen - rejected)
-        return losses.mean(), (chosen > rejected).double().mean().item()
+        half_for_ties = 0.5 + 0.5 * (chosen - rejected).sign()
+        return losses.mean(), half_for_ties.mean().item()
 
     batches = list(batches_of(rows, cfg))
     for number, batch in enumerate(batches):
