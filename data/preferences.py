@@ -237,7 +237,7 @@ def main(cfg: Config):
     rows = rows or task_rows(draw_tasks(cfg.pairs, f"preferences {cfg.seed}"))
     lengths = [len(encode_prompt(tokenizer, row["messages"])) for row in rows]
     longest = model.config.context - cfg.max_new_tokens
-    rows = keep_fitting(rows, lengths, longest, "the context minus max_new_tokens,")[: cfg.pairs]
+    rows = keep_fitting(rows, lengths, longest, "the context minus --max_new_tokens")[: cfg.pairs]
     conversations = [row["messages"] for row in rows]
     pairs = sample_pairs(model, tokenizer, conversations, cfg)
     ask_human(conversations, pairs, out, saved["fingerprint"])

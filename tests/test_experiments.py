@@ -472,6 +472,7 @@ class Noted(Base):
         return {"run": str(run), **{name: i + self.seed for i, name in enumerate(names)}}
 
     def curve(self, run, *columns):
+        assert all(isinstance(name, str) for name in columns)
         rows = [
             {name: float(step) for name in columns} | {"gold": 0.5 * step} for step in range(40)
         ]
@@ -515,7 +516,7 @@ def read_csv(path):
 def test_every_policy_of_the_frontier_is_trained_with_the_options_of_its_label(
     noted, tmp_path, quick
 ):
-    two, ran, _ = noted
+    two, ran, drawn = noted
     frontier.frontier(tmp_path / "out", tmp_path, two, quick)
     variants = [("ppo", b) for b in ([0.5] if quick else [0.05, 0.5, 1.5])]
     variants += [("dpo", b) for b in ([0.1] if quick else [0.1, 1.0, 3.0])]
@@ -535,6 +536,10 @@ def test_every_policy_of_the_frontier_is_trained_with_the_options_of_its_label(
                 options["nll"] = 0.2
             wanted.append(("ppo" if method == "ppo" else "dpo", options))
     assert [(job.stage, job.options) for job in ran] == wanted
+
+    pictures = {path.stem for path, _ in drawn}
+    assert pictures == {"frontier", "safety", "cost", "dpo"}
+    assert all((tmp_path / f"{name}.csv").exists() for name in ("cost", "cost_curves", "dpo"))
 
     # Every policy is measured once, at its own beta, by the base of its own seed.
     rows = [row for row in read_csv(tmp_path / "frontier.csv") if row["run"]]
@@ -564,6 +569,8 @@ def test_points_that_need_no_training_come_from_the_pool_of_their_seed(noted, tm
         kl = good * math.log(2 * good) + (1 - good) * math.log(2 * (1 - good))
         assert float(exact[1.0]["gold"]) == pytest.approx(good + shift, abs=1e-3)
         assert float(exact[1.0]["kl"]) == pytest.approx(kl, rel=1e-3)
+        weights = np.repeat([good / 64, (1 - good) / 64], 64)
+        assert float(exact[1.0]["ess"]) == pytest.approx(1 / (weights**2).sum(), rel=1e-3)
         by_gold, by_rm = (rows[f"best of n by {judge}", seed] for judge in ("gold", "reward model"))
         assert [row["setting"] for row in by_gold] == "1 2 4 8 16 32 64 128".split()
         # Of two draws both are of the lower half in 1/4 of cases (without replacement, a bit less).
@@ -590,6 +597,7 @@ def test_the_frontiers_picture_has_means_over_seeds_and_bars_to_the_extremes(not
     lines = {line.get_label(): np.transpose(line.get_data()).tolist() for line in axis.lines}
     both = [[0.75, 1.0], [1.5, 1.25]]
     assert lines["exact frontier"] == lines["best of n by gold"] == both
+    assert [text.get_text() for text in axis.texts] == ["2", "4", "0.5"]  # n in blue, beta
     (point,) = axis.containers
     (x,), (y,) = point[0].get_data()
     assert (x, y) == (3.0, 0.5) and point.get_label() == "ppo"

@@ -37,7 +37,7 @@ from data.tokenizer import BPETokenizer, train_bpe
 from data.town.documents import documents
 from data.town.gold import gold
 from data.town.tasks import SHOWN, demonstrate, demonstrations, draw_tasks
-from gpt import GPT, GPTConfig, ScalarModel, generate, load_model, save_checkpoint
+from gpt import GPT, GPTConfig, ScalarModel, fingerprint, generate, load_model, save_checkpoint
 
 CONTEXT = 64  # a few of the town's prompts do not fit
 # Hardly an option is at its default: see `test_hardly_an_option_is_at_its_default`.
@@ -546,6 +546,11 @@ def log_sigmoid(x):
     return -torch.log(1 + torch.exp(-x))
 
 
+def share_right(margins):
+    """How often a margin is above 0; a tie is half right."""
+    return ((margins > 0).sum() + 0.5 * (margins == 0).sum()).item() / len(margins)
+
+
 def reward_model_by_hand(cfg, tokenizer, rows, test_rows):
     """The reward model, its log, its cost and, in the end, its scores of held-out pairs."""
     sft, _ = load_model(cfg.init)
@@ -664,7 +669,7 @@ def dpo_by_hand(cfg, tokenizer, rows, test_rows, prompts, tasks):
         pairs = torch.stack([describe(rows[i]) for i in batch])  # (B, 4)
         pairs[:, 0].mean().backward()
         log.append(dict(zip(("loss", "margin", "chosen", "rejected"), pairs.mean(0).tolist())))
-        log[-1]["accuracy"] = (pairs[:, 1] > 0).double().mean().item()
+        log[-1]["accuracy"] = share_right(pairs[:, 1])
         log[-1]["grad_norm"] = clip(model, cfg.grad_clip)
         take_step(optimizer, cfg.lr * rate(number, len(batches), cfg.warmup))
         cost += 3 * sum(len(ids) for i in batch for ids in rows[i]["sides"])
@@ -679,7 +684,7 @@ def dpo_by_hand(cfg, tokenizer, rows, test_rows, prompts, tasks):
                     kl += (logprobs_of(model, *where) - logprobs_of(ref, *where)).sum().item()
             log[-1] |= dict(
                 val_loss=pairs[:, 0].mean().item(),
-                val_accuracy=(pairs[:, 1] > 0).double().mean().item(),
+                val_accuracy=share_right(pairs[:, 1]),
                 kl=kl / len(prompts),
                 length=np.mean([len(reply.ids) for reply in replies]),
                 no_end=np.mean([not reply.ended for reply in replies]),
@@ -1081,6 +1086,19 @@ def begin(stage, cfg, monkeypatch):
     with pytest.raises(Enough):
         SCRIPTS[stage].main(cfg)
     return given[0]
+
+
+def test_a_fingerprint_is_of_names_types_shapes_and_numbers_but_not_of_their_order():
+    x, y = torch.arange(6, dtype=torch.float32).view(2, 3), torch.ones(2)
+    same = [{"x": x, "y": y}, {"y": y, "x": x}]
+    other = [{"x": y, "y": x}, {"x": x.view(3, 2), "y": y}, {"x": x.view(torch.int32), "y": y}]
+    other += [{"x": x + torch.tensor([0, 0, 1e-6]), "y": y}, {"x": x}, {"x": x, "z": y}]
+    assert len({fingerprint(thing) for thing in same}) == 1
+    assert len({fingerprint(thing) for thing in same + other}) == 1 + len(other)
+    a = np.arange(6, dtype=np.uint16)
+    assert len({fingerprint(b) for b in (a, a.copy(), a.reshape(2, 3), a.astype(np.uint32))}) == 3
+    assert fingerprint(a, a) != fingerprint(a) != fingerprint(a[::-1])
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint("a")
 
 
 FIELDS = {  # of the rows that a stage reads

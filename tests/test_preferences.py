@@ -140,8 +140,9 @@ def test_people_annotate_prompts_of_their_own(ending, monkeypatch, capsys):
     cfg = dict(out=str(ending), human=True, prompts=str(ending / "mine.jsonl"), pairs=2)
     main(Config(**cfg))
     said = capsys.readouterr().out
-    assert "left out 1 of 4 rows, longer than the context minus max_new_tokens, of 48" in said
-    assert "mine.jsonl:2" in said and "] Hi\n" in said
+    limit = "of more than 48 tokens (the context minus --max_new_tokens)"
+    assert f"left out 1 of 4 rows, {limit}: " in said and "mine.jsonl:2" in said
+    assert "] Hi\n" in said
     rows = read_preferences(ending / "human_preferences.jsonl")
     assert [row["messages"] for row in rows] == [question("Hi"), question("Who are you?")]
     sampled_from = load_model(ending / "sft/ckpt.pt")[1]["fingerprint"]
@@ -222,7 +223,7 @@ def test_preferences_about_another_model_are_noted_when_they_are_read(tmp_path, 
 
 
 def test_a_reward_model_cannot_be_asked_for_responses(chain):
-    with pytest.raises(InputError, match="rm/ckpt.pt is a reward model: another checkpoint"):
+    with pytest.raises(InputError, match="rm/ckpt.pt is a reward model, but a language model is needed"):
         main(Config(out=str(chain), init=f"{chain}/rm/ckpt.pt"))
 
 

@@ -87,7 +87,7 @@ LONG = pytest.mark.thorough
 
 
 @pytest.mark.parametrize(
-    "stage", ["pretrain", "ppo", *(pytest.param(x, marks=LONG) for x in ("sft", "rm", "dpo"))]
+    "stage", ["pretrain", *(pytest.param(x, marks=LONG) for x in ("sft", "rm", "ppo", "dpo"))]
 )
 def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):
     for out in (tmp_path / "one", tmp_path / "two"):
