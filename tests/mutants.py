@@ -179,7 +179,7 @@ MUTANTS = [
         "tensor\n",
         "An exported model loads elsewhere, if it is square, and talks nonsense.",
         "nanoGPT: Conv1D and Linear have transposed weights",
-        "test_gpt2.py::test_matrices_are_turned_round_and_all_else_is_copied",
+        "test_gpt2.py::test_an_exported_folder_has_gpt2s_layout_and_its_ends",
     ),
     Bug(
         "data/gpt2.py",
@@ -187,7 +187,7 @@ MUTANTS = [
         '"eos_token_id": tokenizer.end',
         "An exported base model never stops: it was never shown the end of a turn.",
         "common: the end of a chat for the end of a text",
-        "test_gpt2.py::test_matrices_are_turned_round_and_all_else_is_copied",
+        "test_gpt2.py::test_an_exported_folder_has_gpt2s_layout_and_its_ends",
     ),
     # ---- text and tokens
     Bug(

@@ -555,3 +555,20 @@ def test_exported_model_ends_where_its_texts_end(tiny, tmp_path, is_base):
     assert config["eos_token_id"] == generation["eos_token_id"] == end
     assert settings["eos_token"] == ("<|endoftext|>" if is_base else "<|end|>")
     assert ("chat_template" in settings) == (not is_base)
+
+
+def test_an_exported_folder_has_gpt2s_layout_and_its_ends(tokenizer, tmp_path):
+    """Matrices as (in, out), which only one that is not square shows; no rows of mere padding."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(tokenizer.n_vocab, context=24, n_layer=2, n_head=2, n_embd=16))
+    for is_base, end in ((False, tokenizer.end), (True, tokenizer.eot)):
+        export(model, tokenizer, tmp_path / str(is_base), is_base)
+        config = json.loads((tmp_path / str(is_base) / "config.json").read_text())
+        there = read_safetensors(tmp_path / str(is_base) / "model.safetensors")
+        assert config["eos_token_id"] == end and config["pad_token_id"] == tokenizer.pad
+        assert config["vocab_size"] == tokenizer.n_vocab == len(there["transformer.wte.weight"])
+        for name, weight in model.named_parameters():
+            stored = there[f"transformer.{name}"]
+            if name.startswith("h.") and weight.ndim == 2:
+                weight = weight.T
+            assert torch.equal(stored, weight[: len(stored)]), name

@@ -223,7 +223,9 @@ def test_preferences_about_another_model_are_noted_when_they_are_read(tmp_path, 
 
 
 def test_a_reward_model_cannot_be_asked_for_responses(chain):
-    with pytest.raises(InputError, match="rm/ckpt.pt is a reward model, but a language model is needed"):
+    with pytest.raises(
+        InputError, match="rm/ckpt.pt is a reward model, but a language model is needed"
+    ):
         main(Config(out=str(chain), init=f"{chain}/rm/ckpt.pt"))
 
 
