@@ -124,6 +124,13 @@ def test_fits_find_the_curves_they_are_named_for():
     np.testing.assert_allclose(fit("ppo", d, d * (0.7 - 0.3 * np.log(d))), (0.7, 0.3, 1))
 
 
+def test_r2_is_the_fraction_of_the_variance_that_a_fit_explains():
+    d, gold = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 0.5, 2.0, 1.0])
+    alpha, beta, r2 = fit("best of n", d, gold)
+    left = sum((g - x * (alpha - beta * x)) ** 2 for x, g in zip(d, gold))
+    assert r2 == pytest.approx(1 - left / (4 * np.var(gold))) and 0 < r2 < 1
+
+
 def test_top_of_a_fit_is_where_its_derivative_is_0_or_at_an_end_of_the_run():
     for alpha, beta in ((0.9, 0.4), (0.4, 0.5)):
         top = top_of_fit("best of n", alpha, beta, 4.0)
@@ -213,6 +220,13 @@ def test_a_job_runs_its_command_resumes_it_and_says_what_went_wrong(tmp_path, mo
     assert not job.result.exists() and not job.unfinished.exists()
     with pytest.raises(KeyboardInterrupt):
         Job(tmp_path / "run", "sft", {"seed": 130, "lr": 1}).run()
+
+    (project / "data").mkdir()
+    (project / "data" / "preferences.py").write_text("print('nothing')")
+    pairs = Job(tmp_path / "run", "preferences")
+    pairs.result.write_text("of another command")
+    pairs.run()
+    assert not pairs.result.exists()
 
 
 def test_a_job_with_a_bug_runs_the_copy_that_has_it(tmp_path, monkeypatch):
@@ -312,6 +326,32 @@ def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
     assert line["last_gold"] < line["peak_gold"] - 0.3 and line["last_proxy"] > line["peak_proxy"]
     (line,) = peaks([{**row, "gold": row["gold"] - 2} for row in rows])
     assert line["peak_kl"] == line["peak_gold"] == 0  # nowhere better than SFT, where runs begin
+
+
+def test_the_peak_of_the_fit_is_beside_that_of_the_points():
+    """Gold of best-of-n that is d (0.9 - 0.2 d): highest at d = 2.25, and of these points at 2."""
+    d = np.arange(1.0, 5)
+    gold = d * (0.9 - 0.2 * d)
+    rows = [
+        {"judge": "j", "seed": 3, "method": "best of n", "kl": x * x, "gold": g, "proxy": x}
+        for x, g in zip(d, gold)
+    ]
+    (line,) = peaks(rows)
+    assert line == {
+        "judge": "j",
+        "seed": 3,
+        "method": "best of n",
+        "peak_kl": 4,
+        "last_kl": 16,
+        "peak_gold": 1.0,
+        "last_gold": pytest.approx(0.4),
+        "peak_proxy": 2,
+        "last_proxy": 4,
+        "alpha": pytest.approx(0.9),
+        "beta": pytest.approx(0.2),
+        "r2": pytest.approx(1),
+        "fit_peak_kl": pytest.approx(2.25**2, rel=2e-3),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -695,6 +735,13 @@ def test_dpo_fails_and_is_cured_at_these_betas_every_20_steps(noted, tmp_path):
     assert (x.tolist(), y) == ([20, 40], pytest.approx([9.5, 19.5]))
 
 
+def test_judges_are_what_their_names_say():
+    for name, (count, flip, layers) in JUDGES.items():
+        assert name.startswith(f"{count:,} pairs")
+        assert flip == (0.35 if "35 % flipped" in name else 0.0)
+        assert layers == (1 if "1 layer" in name else 0)
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
     noted, tmp_path, monkeypatch, quick
@@ -891,7 +938,16 @@ def test_every_bug_of_ppo_is_run_with_every_seed_beside_the_correct_run(noted, t
     rows = plots.grouped(read_csv(tmp_path / "broken.csv"), "bug", "seed")
     assert len(rows) == 14 and all(len(some) == 40 for some in rows.values())
     assert all(f"{name}, seed {seed}" in some[0]["run"] for (name, seed), some in rows.items())
-    lines = drawn[0][1].axes[0].lines
+    axes = drawn[0][1].axes
+    assert [axis.get_ylabel() for axis in axes] == [
+        "gold, SD of SFT samples",
+        "score of the reward model, SD",
+        "KL from SFT, nats per response",
+        "entropy, nats per token",
+        "tokens per response",
+        "fraction without end",
+    ]
+    lines = axes[0].lines
     assert [line.get_label() for line in lines] == names
     assert [line.get_color() for line in lines].count("#000000") == 1
 
@@ -908,6 +964,16 @@ def test_a_band_is_the_mean_over_seeds_within_their_range():
     assert np.transpose(line.get_data()).tolist() == [[1, 12], [2, 22]]
     corners = {tuple(point) for point in area.get_paths()[0].vertices.tolist()}
     assert corners == {(1, 10), (1, 15), (2, 20), (2, 25)}
+
+
+def test_panels_stand_in_lines_of_so_many_columns_and_no_empty_one_is_seen():
+    figure, axes = plots.panels(4, 3, size=(2, 1))
+    assert len(axes) == 4 and figure.get_size_inches().tolist() == [6, 2]
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 3)
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 4 + [False] * 2
+    figure, axes = plots.band_panels([], "x", {"a": "unit of a", "b": "unit of b"}, "x", columns=1)
+    assert [axis.get_ylabel() for axis in axes] == ["unit of a", "unit of b"]
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == (2, 1)
 
 
 def test_rows_are_grouped_in_order_and_written_with_four_digits(tmp_path):

@@ -96,6 +96,8 @@ def test_named_preferences_get_a_file_of_their_own(ending):
     main(Config(**cfg, name="noisy", flip=0.25, seed=1))
     assert (ending / "preferences.jsonl").read_bytes() == before
     assert len(read_preferences(ending / "noisy.jsonl")) > 10
+    main(Config(**{**cfg, "out": str(ending / "new")}, init=str(ending / "sft/ckpt.pt")))
+    assert (ending / "new" / "preferences.jsonl").read_bytes() == before
 
 
 def test_annotators_who_always_press_the_wrong_button_turn_every_label():

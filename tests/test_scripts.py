@@ -277,6 +277,22 @@ def test_a_conversation_without_a_response_stops_sft(chain, tmp_path, monkeypatc
         run("sft", tmp_path)
 
 
+def test_every_process_samples_with_luck_of_its_own(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path)
+    seeds = {0: [], 1: []}
+
+    def noted(model, tokenizer, prompts, max_new_tokens, seed, temperature):
+        seeds[rank].append(seed)
+        return sample_replies(model, tokenizer, prompts, max_new_tokens, seed, temperature)
+
+    monkeypatch.setattr(train_ppo, "sample_replies", noted)
+    for rank in (0, 1):
+        monkeypatch.setattr(train_ppo, "RANK", rank)
+        run("ppo", tmp_path, iterations=3)
+    assert len(set(seeds[0])) == 4  # three iterations, and a greedy evaluation
+    assert not {*seeds[0]} & {*seeds[1]} - {0}
+
+
 def test_every_response_is_paid_its_own_score_at_its_last_token(chain, tmp_path, monkeypatch):
     """On their way from the sampler to the loss responses are sorted by length: scores as well?"""
     prepare(chain, tmp_path)
