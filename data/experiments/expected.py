@@ -23,7 +23,7 @@ def make_bands(stage: str, logs: list[list[dict]]) -> list[dict]:
     """Bands from the logs of several runs of the same length: one row per column and window.
 
     low and high are the range over the runs; width is that of the range, but at least the mean of
-    the column's ranges and 0.01: five runs that happen to agree make no narrow band.
+    the column's ranges and 0.01: runs that happen to agree make no narrow band.
     """
     steps = int(logs[0][-1]["step"]) + 1
     ends = sorted({max(round(fraction * steps), 1) for fraction in ENDS})
