@@ -1732,7 +1732,7 @@ MUTANTS = [
         "if beyond > SLACK:",
         "--check is silent about everything.",
         "common: a tolerance without its unit",
-        "test_expected.py::test_a_curve_beyond_three_widths_is_named_once_with_its_side_and_a_cause",
+        "test_expected.py::test_a_curve_beyond_four_widths_is_named_once_with_its_side_and_a_cause",
     ),
     Bug(
         "data/check.py",
@@ -1740,7 +1740,7 @@ MUTANTS = [
         "beyond = value - high",
         "--check sees losses that are too high, and none that are too low.",
         "common: one side of an interval",
-        "test_expected.py::test_a_curve_beyond_three_widths_is_named_once_with_its_side_and_a_cause",
+        "test_expected.py::test_a_curve_beyond_four_widths_is_named_once_with_its_side_and_a_cause",
     ),
     Bug(
         "data/experiments/expected.py",

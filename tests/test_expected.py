@@ -67,16 +67,16 @@ def test_a_curve_within_three_widths_of_its_band_is_correct(bands, last):
     )
 
 
-def test_a_curve_beyond_three_widths_is_named_once_with_its_side_and_a_cause(bands):
+def test_a_curve_beyond_four_widths_is_named_once_with_its_side_and_a_cause(bands):
     above, below = CAUSES["sft"]["loss"]
-    said, end = look([7.0, 5.2, 9.0, 9.0, 9.0], grad_norm=0.15)
+    said, end = look([8.0, 6.2, 9.0, 9.0, 9.0], grad_norm=0.15)
     assert said == [
-        f"check: loss of steps 0 to 1 is 6.1, that is 3.1 above the band (2 to 3): {above}"
+        f"check: loss of steps 0 to 1 is 7.1, that is 4.1 above the band (2 to 3): {above}"
     ]
     assert end == "check: 1 of 3 curves were off: loss"
-    said, _ = look([2.0, 2.0, -0.6, -0.6, -0.6], grad_norm=0.15)
+    said, _ = look([2.0, 2.0, -1.1, -1.1, -1.1], grad_norm=0.15)
     assert said == [
-        f"check: loss of steps 2 to 4 is -0.6, that is 1.6 below the band (1 to 1.5): {below}"
+        f"check: loss of steps 2 to 4 is -1.1, that is 2.1 below the band (1 to 1.5): {below}"
     ]
     assert above != below and look([2.5], grad_norm=0.1)[1] == (
         "check: the run ended before there was a curve to compare"
@@ -98,7 +98,7 @@ def test_every_curve_with_a_cause_has_bands_that_follow_each_other_to_the_end(st
         assert low <= high and width >= max(0.9 * (high - low), 0.01)
     assert bands.keys() == CAUSES[stage].keys()
     ends = {max(int(band["last"]) for band in some) for some in bands.values()}
-    assert len(ends) == 1
+    assert min(ends) > 0.85 * max(ends)  # runs have some steps more or less, so the last one varies
     for some in bands.values():
         for one, other in zip(some, some[1:]):
             assert int(one["first"]) <= int(one["last"]) < int(other["first"])

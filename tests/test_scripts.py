@@ -448,6 +448,21 @@ def test_missing_preferences_name_their_command_and_no_stage_samples_them(
     assert (tmp_path / "preferences.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_preferences_about_another_model_are_noted_by_who_learns_from_them(
+    chain, tmp_path, capsys, stage
+):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    text = (chain / "preferences.jsonl").read_text()
+    (tmp_path / "preferences.jsonl").write_text(text)
+    run(stage, tmp_path)
+    assert "responses of another model" not in capsys.readouterr().out
+    sampled_from = json.loads(text.splitlines()[0])["sampled_from"]
+    (tmp_path / "preferences.jsonl").write_text(text.replace(sampled_from, "0" * 16))
+    run(stage, tmp_path)
+    assert "responses of another model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "stage, options, message",
     [

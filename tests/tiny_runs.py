@@ -142,7 +142,7 @@ def prepare(chain, out, stage=""):
 
 
 def make_ends_likely(folder):
-    """Change the model in a folder so that many of its responses end; the tiny one's never do."""
+    """Change the model in a folder so that even more of its responses end."""
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
     weights, end = checkpoint["model"], load_tokenizer(checkpoint["tokenizer"]).end
     weights["ln_f.bias"] += 4 * weights["wte.weight"][end] / weights["wte.weight"][end].norm() ** 2
