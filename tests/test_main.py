@@ -314,7 +314,8 @@ def assert_same_run(cfg, stage, plots, log, model, samples, cost, unit="step"):
         torch.testing.assert_close(checkpoint["model"][name], weight, rtol=0, atol=1e-8)
     assert checkpoint["stage"] == stage and checkpoint["model_config"] == asdict(model.config)
     assert checkpoint["train_config"] == asdict(cfg)
-    assert (folder / "samples.txt").read_bytes().decode() == samples
+    said_there = (folder / "samples.txt").read_bytes().decode()  # "\r" would become "\n" as text
+    assert said_there.replace(os.linesep, "\n") == samples
     measured = json.loads((folder / "cost.json").read_text())
     assert measured["forward_equivalents"] == pytest.approx(cost)
     drawn, panels, _, drawn_unit = plots[-1]

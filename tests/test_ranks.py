@@ -76,8 +76,8 @@ def two_ranks(stage, out, tmp_path, die_at=-1, stop_at=-1, **options):
 LONGER = {  # about 20 steps of each
     # 5 rows a batch: one rank has three of them, the other one two
     "pretrain": dict(steps=20, batch_size=5, optimizer="adamw", save_every=100, eval_every=20),
-    "sft": dict(epochs=3, save_every=100, eval_every=20),
-    "rm": dict(epochs=3, save_every=100, eval_every=20),
+    "sft": dict(epochs=3, lr=2e-3, warmup=20, save_every=100, eval_every=20),
+    "rm": dict(epochs=2, save_every=100, eval_every=20),
     "ppo": dict(iterations=5, rollouts=9, save_every=100, eval_every=5, target_kl=1.0),
     "dpo": dict(epochs=3, save_every=100, eval_every=20),
 }
@@ -113,7 +113,9 @@ def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch
         if name.endswith("c_attn.bias"):
             C = len(a) // 3
             a, b = (torch.cat([x[:C], x[2 * C :]]) for x in (a, b))
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=f"{name} differs")
+        torch.testing.assert_close(
+            a, b, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
     logs = [(tmp_path / n / stage / "log.csv").read_text().splitlines() for n in ("one", "two")]
     assert logs[0][0] == logs[1][0] and len(logs[0]) == len(logs[1])
     for line in zip(*(log[1:] for log in logs)):
@@ -126,7 +128,7 @@ def test_stopped_and_resumed_two_ranks_end_with_the_same_bits(tmp_path):
     options = dict(steps=30, optimizer="adamw", save_every=100, eval_every=100)
     assert two_ranks("pretrain", tmp_path / "whole", tmp_path, **options).returncode == 0
     half = two_ranks("pretrain", tmp_path / "half", tmp_path, stop_at=7, **options)
-    assert half.returncode != 0 and "stopped after step 7" in half.stdout
+    assert half.returncode != 0 and "stopped after step 8" in half.stdout
     resumed = two_ranks("pretrain", tmp_path / "half", tmp_path, **options, resume=None)
     assert resumed.returncode == 0, resumed.stderr
     assert same(tmp_path / "whole" / "pretrain", tmp_path / "half" / "pretrain")
