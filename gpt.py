@@ -22,6 +22,7 @@ import math
 import os
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
+
+# On recent GPUs PyTorch would take cuDNN's attention, which makes a plan for every new length, for
+# up to half a second each; and while sampling, every token is a new length.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class InputError(ValueError):
@@ -81,11 +86,13 @@ class Cache:
         shape = config.n_layer, n_rows, config.n_head, length, hs  # (L, B, nh, T, hs)
         dtype = torch.bfloat16 if model.bf16 else weight.dtype
         self.keys, self.values = (weight.new_zeros(shape, dtype=dtype) for _ in "kv")
+        self.all_rows = torch.arange(n_rows, device=weight.device)
 
     def rows(self, rows: slice) -> "Cache":
         """A view of some rows, for reading prompts in groups of similar length."""
         view = object.__new__(Cache)
         view.keys, view.values = self.keys[:, rows], self.values[:, rows]
+        view.all_rows = self.all_rows[: view.keys.shape[1]]
         return view
 
     def update(self, layer, positions, mask, k, v):
@@ -98,8 +105,8 @@ class Cache:
         if positions is None:
             keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
             return k, v
-        rows = torch.arange(len(positions), device=positions.device)  # (B,)
-        keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
+        at = self.all_rows, slice(None), positions  # row b at its position, in all heads
+        keys[at], values[at] = k[:, :, 0], v[:, :, 0]
         end = mask.shape[-1]  # beyond the longest row the cache is empty
         return keys[:, :, :end], values[:, :, :end]  # (B, nh, end, hs)
 
@@ -222,7 +229,8 @@ class GPT(nn.Module):
             # Beyond a row's own position the cache has zeros, or keys of the padding of its prompt.
             index = torch.arange(int(positions.max()) + 1, device=idx.device)  # (end,)
             later = index > positions[:, None]  # (B, end)
-            mask = torch.zeros_like(later, dtype=x.dtype).masked_fill(later, -math.inf)
+            dtype = torch.bfloat16 if self.bf16 else x.dtype
+            mask = torch.zeros_like(later, dtype=dtype).masked_fill(later, -math.inf)
             mask = mask[:, None, None]  # (B, 1, 1, end), added to the scores of all heads
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.bf16):
             for layer, block in enumerate(self.h):
@@ -345,58 +353,84 @@ def generate(
                 f"a prompt of {len(ids)} tokens: the context of {context} has room "
                 f"for 1 to {context - 1}"
             )
-    forward = model.forward  # not model(...), which torch.compile may have made for long sequences
-    responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    results = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     starts = range(0, len(prompts), batch_size)
     # disable=None: no bar where the output is not a terminal, say a log file
     for start in tqdm(starts, progress, disable=None if progress else True):
         rows = by_length[start : start + batch_size]  # prompts of similar length: little padding
-        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
-        longest = min(int(lengths.max()) + max_new_tokens, context)
-        cache = Cache(model, len(rows), longest)
-
-        # Read the prompts, 32 rows at a time, and keep the hidden state of each last token.
-        last = []
-        for first in range(0, len(rows), 32):
-            group = slice(first, first + 32)
-            width = int(lengths[group].max())
-            idx = torch.tensor(
-                [prompts[i] + [0] * (width - len(prompts[i])) for i in rows[group]], device=device
+        # Autocast rounds weights once for all tokens: it keeps them until its outermost block ends.
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+            batch = _continue_together(
+                model, [prompts[i] for i in rows], max_new_tokens, stop, draw
             )
-            hidden = forward(idx, cache.rows(group))  # (32, width, C)
-            last.append(hidden[torch.arange(len(idx)), lengths[group] - 1])
-        last = torch.cat(last)  # (B, C)
+        for i, result in zip(rows, batch):
+            results[i] = result
+    return [ids for ids, _ in results], [logprobs for _, logprobs in results]
 
-        # Add one token to every row until all have ended.
-        positions = lengths  # where the next token of each row goes
-        for n in range(max_new_tokens):
-            logits = last.to(model.head.dtype) @ model.head.T  # (B, V), never in bfloat16
-            ids, lp = sample(logits, temperature, top_k, top_p, generator)
-            for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
-                responses[i].append(token)
-                logprobs[i].append(logprob)
-            alive = (positions < context - 1) & (n + 1 < max_new_tokens)
-            if stop is not None:
-                alive &= ids != stop
-            # Rows that have ended leave the batch, and rows from its end move into the gaps: where
-            # 1 and 2 of 0, 1, 2, 3, 4 have ended, 3 and 4 take their places, and 0, 3, 4 go on.
-            n_alive = int(alive.sum())
-            if n_alive == 0:
-                break
-            if n_alive < len(rows):
-                gaps = (~alive[:n_alive]).nonzero().squeeze(1)
-                movers = n_alive + alive[n_alive:].nonzero().squeeze(1)  # as many as there are gaps
-                keep = torch.arange(n_alive, device=device)
-                keep[gaps] = movers
-                for table in (cache.keys, cache.values):
-                    table[:, gaps] = table[:, movers]  # cheaper than copying all that stay
-                cache = cache.rows(slice(n_alive))
-                rows = [rows[i] for i in keep.tolist()]
-                ids, positions = ids[keep], positions[keep]
-            last = forward(ids[:, None], cache, positions).squeeze(1)
-            positions = positions + 1
-    return responses, logprobs
+
+def _continue_together(model, prompts, max_new_tokens, stop, draw):
+    """One batch of `generate`: [(response, log-probabilities of its tokens)], one per prompt.
+
+    draw: logits (B, V) -> a token of every row (B,), their log-probabilities (B,)
+    """
+    context, device = model.config.context, model.wte.weight.device
+    forward = model.forward  # not model(...), which torch.compile may have made for long sequences
+    # The head multiplies what kernels.py does: numbers rounded to bfloat16 on a GPU, else float32.
+    rounded = model.bf16 and device.type == "cuda"
+    wte = model.wte.weight.bfloat16() if rounded else model.wte.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    cache = Cache(model, len(prompts), min(int(lengths.max()) + max_new_tokens, context))
+
+    # Read the prompts, 32 rows at a time, and keep the hidden state of each last token.
+    last = []
+    for first in range(0, len(prompts), 32):
+        group = slice(first, first + 32)
+        width = int(lengths[group].max())
+        idx = torch.tensor(
+            [prompt + [0] * (width - len(prompt)) for prompt in prompts[group]], device=device
+        )
+        hidden = forward(idx, cache.rows(group))  # (32, width, C)
+        last.append(hidden[torch.arange(len(idx)), lengths[group] - 1])
+    last = torch.cat(last)  # (B, C)
+
+    # Add one token to every row until all have ended.
+    results = [([], []) for _ in prompts]
+    rows = list(range(len(prompts)))  # those that go on
+    positions = lengths  # where the next token of each row goes
+    for n in range(max_new_tokens):
+        with torch.autocast(device.type, enabled=False):  # logits are never rounded to bfloat16
+            if rounded:
+                logits = torch.mm(last, wte.T, out_dtype=torch.float32)
+            else:
+                logits = last.to(wte.dtype) @ wte.T
+            # The padding rows of the table make the product faster, and are no tokens.
+            ids, lp = draw(logits[:, : model.config.vocab_size])  # (B, V)
+        for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
+            results[i][0].append(token)
+            results[i][1].append(logprob)
+        alive = (positions < context - 1) & (n + 1 < max_new_tokens)
+        if stop is not None:
+            alive &= ids != stop
+        # Rows that have ended leave the batch, and rows from its end move into the gaps: where 1
+        # and 2 of 0, 1, 2, 3, 4 have ended, 3 and 4 take their places, and 0, 3, 4 go on.
+        n_alive = int(alive.sum())
+        if n_alive == 0:
+            break
+        if n_alive < len(rows):
+            gaps = (~alive[:n_alive]).nonzero().squeeze(1)
+            movers = n_alive + alive[n_alive:].nonzero().squeeze(1)  # as many as there are gaps
+            keep = torch.arange(n_alive, device=device)
+            keep[gaps] = movers
+            for table in (cache.keys, cache.values):
+                table[:, gaps] = table[:, movers]  # cheaper than copying all that stay
+            cache = cache.rows(slice(n_alive))
+            rows = [rows[i] for i in keep.tolist()]
+            ids, positions = ids[keep], positions[keep]
+        last = forward(ids[:, None], cache, positions).squeeze(1)
+        positions = positions + 1
+    return results
 
 
 # ---------------------------------------------------------------------------------------------

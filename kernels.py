@@ -29,7 +29,8 @@ Three passes over a chunk of logits are all that this takes, and they are the th
 `_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor per
 row) and `_logit_gradients` (dz from any upstream gradient). In PyTorch they are their own
 definition. On a GPU one Triton kernel computes a tile of logits in registers, in float32, and makes
-of it there what is wanted. From logits rounded to bfloat16, log p_t would be off by 0.01 and more.
+of it there what is wanted. From logits rounded to bfloat16, log p_t would be off by 0.01 and more;
+so it is off by 2e-5 on an H100, and by 2e-4 if all logits are near -80, as GPT-2's are.
 
 **The kernel.** A tile is BLOCK_N rows times BLOCK_V tokens, and its logits are float32 sums of
 products, as the tensor cores add them up. A row's V logits are spread over V / BLOCK_V tiles, which
@@ -41,15 +42,16 @@ together
     u = sum over both parts of e^(m_i - m) (u_i + s_i (m_i - m))
 
 since exp(z - m) = exp(z - m_a) e^(m_a - m) and z - m = (z - m_a) + (m_a - m): the online softmax
-(Milakov and Gimelshein 2018). No atomics and no locks: the same bits on every run, whatever other
-rows are in the batch.
+(Milakov and Gimelshein 2018). No atomics and no locks: the same bits on every run. (Among fewer
+than 16 rows, which PyTorch adds up in another order, a row may differ in its last bits.)
 
 The gradient of a cross-entropy needs p in the same pass that finds m and s. It does without both:
 E_j = exp(z_j - z_t) is p_j up to a factor, sum_j E_j = 1 / p_t, and z_t is cheap to know before.
 bfloat16 has float32's exponents, so E can be stored in it, up to a token whose loss is 70 nats.
 
-**Memory.** In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), and the gradient of W in
-float32. Without gradients, three numbers per row and tile.
+**Memory.** In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), the gradient of W in
+float32, and W once more where its rows have to be padded. Without gradients, three numbers per row
+and tile.
 
 Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor. So it
 is inside somebody's torch.autocast and torch.compile, too.
@@ -58,11 +60,13 @@ is inside somebody's torch.autocast and torch.compile, too.
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Windows and macOS: the PyTorch path does everything
     triton = None
 
@@ -107,14 +111,14 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", not {reduction!r}')
-    hidden, target, _ = _rows_that_count(hidden, weight, target)
+    hidden, weight, target, _ = _prepare(hidden, weight, target)
     scale = 1 / max(len(target), 1) if reduction == "mean" else 1.0
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return scale * _CrossEntropySum.apply(hidden, weight, target)
-    total = hidden.new_zeros((), dtype=_precision(hidden))
+    total, n_tokens = hidden.new_zeros((), dtype=_precision(hidden)), len(weight)
     weight = _for_kernel(weight, hidden)
     for rows in _chunks(target, weight):
-        logprob, _, _ = _statistics(hidden[rows], weight, target[rows], 1.0, False)
+        logprob, _, _ = _statistics(hidden[rows], weight, n_tokens, target[rows], 1.0, False)
         total -= logprob.sum()
     return scale * total
 
@@ -135,18 +139,20 @@ def linear_logprobs(
     inputs). Rows whose target is -100 (IGNORE) give exactly 0 and receive no gradient. Any upstream
     gradient is allowed, for both results at once. Raises as `linear_cross_entropy` does.
     """
-    kept_hidden, kept_target, kept = _rows_that_count(hidden, weight, target)
-    logprobs, entropy = _Logprobs.apply(
-        kept_hidden, weight, kept_target, temperature, return_entropy
-    )
+    n_rows = len(hidden)
+    hidden, weight, target, kept = _prepare(hidden, weight, target)
+    logprobs, entropy = _Logprobs.apply(hidden, weight, target, temperature, return_entropy)
     if kept is not None:  # put the results back in their rows, zeros elsewhere
-        zeros = logprobs.new_zeros(len(target))
+        zeros = logprobs.new_zeros(n_rows)
         logprobs, entropy = (zeros.masked_scatter(kept, x) for x in (logprobs, entropy))
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _rows_that_count(hidden, weight, target):
-    """Drop ignored rows: (hidden, target, mask of the rows kept, or None if that is all)."""
+def _prepare(hidden, weight, target):
+    """Check the inputs, and drop ignored rows.
+
+    Returns hidden, weight, target, and the mask of the rows kept, or None if that is all.
+    """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit: they must "
@@ -165,7 +171,9 @@ def _rows_that_count(hidden, weight, target):
         low, high = target.aminmax()
         if low < 0 or high >= len(weight):
             raise IndexError(f"target out of range: {low}..{high} with {len(weight)} tokens")
-    return hidden, target, kept
+    if _use_triton(hidden) and hidden.shape[1] % 8:  # TMA needs rows of whole 16 bytes
+        hidden, weight = (F.pad(x, (0, -x.shape[1] % 8)) for x in (hidden, weight))
+    return hidden, weight, target, kept
 
 
 def _precision(x):
@@ -177,9 +185,10 @@ def _chunks(target, weight):
     """Slices over the rows, each with about as many logits as there is room for."""
     # Many small chunks waste time in launches and in rereading W; few large ones waste memory.
     if _use_triton(weight):
-        size = min(WORKSPACE // (len(weight) * weight.element_size()), 4096)
+        size = WORKSPACE // (len(weight) * weight.element_size()) // 128 * 128  # whole tiles
     else:
-        size = CHUNK_LOGITS // max(len(weight), 1)
+        room = CHUNK_LOGITS if weight.device.type == "cpu" else WORKSPACE // 4
+        size = room // max(len(weight), 1)
     size = max(size, 16)
     return [slice(start, start + size) for start in range(0, len(target), size)]
 
@@ -193,13 +202,14 @@ class _CrossEntropySum(Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target):
+        ctx.n_tokens, ctx.weight_dtype = len(weight), weight.dtype
+        weight = _for_kernel(weight, hidden)
         # The gradient for an upstream of 1. The true one is a factor, known in the backward pass.
         d_hidden, d_weight = _empty_gradients(ctx, hidden, weight)
-        ctx.weight_dtype, weight = weight.dtype, _for_kernel(weight, hidden)
         total = hidden.new_zeros((), dtype=_precision(hidden))
         for rows in _chunks(target, weight):
             t = target[rows]
-            e, factor, others, logprob = _exponentials(hidden[rows], weight, t)
+            e, factor, others, logprob = _exponentials(hidden[rows], weight, ctx.n_tokens, t)
             total -= logprob.sum()
             # dz_j = p_j - [j = t], with p = factor * e, so dz = factor * e but for the target.
             # There it is p_t - 1, which would lose its digits as p_t nears 1: so PyTorch's path has
@@ -216,7 +226,9 @@ class _CrossEntropySum(Function):
         if d_hidden is not None:
             d_hidden = d_hidden * upstream.to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight = (d_weight * upstream).to(ctx.weight_dtype)
+            d_weight = d_weight[: ctx.n_tokens]
+            scaled = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+            d_weight = torch.mul(d_weight, upstream, out=scaled)  # scale and cast in one pass
         return d_hidden, d_weight, None
 
 
@@ -226,10 +238,11 @@ class _Logprobs(Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, with_entropy):
         statistics = hidden.new_empty(3, len(target), dtype=_precision(hidden))
-        ctx.weight_dtype, weight = weight.dtype, _for_kernel(weight, hidden)
+        ctx.n_tokens, ctx.weight_dtype = len(weight), weight.dtype
+        weight = _for_kernel(weight, hidden)
         for rows in _chunks(target, weight):
-            part = _statistics(hidden[rows], weight, target[rows], temperature, with_entropy)
-            statistics[:, rows] = torch.stack(part)
+            inputs = hidden[rows], weight, ctx.n_tokens, target[rows]
+            statistics[:, rows] = torch.stack(_statistics(*inputs, temperature, with_entropy))
         # Three numbers per row are kept instead of V: with them, p follows from z computed again.
         ctx.save_for_backward(hidden, weight, target, statistics)
         ctx.temperature = temperature
@@ -245,14 +258,13 @@ class _Logprobs(Function):
         h = None if h is None else h.contiguous()  # the gradient of .sum() is one number, expanded
         d_hidden, d_weight = _empty_gradients(ctx, hidden, weight)
         for rows in _chunks(target, weight):
+            inputs = hidden[rows], weight, ctx.n_tokens, target[rows]
             upstream = g[rows], None if h is None else h[rows]
-            dz = _logit_gradients(
-                hidden[rows], weight, target[rows], ctx.temperature, statistics[:, rows], *upstream
-            )
+            dz = _logit_gradients(*inputs, ctx.temperature, statistics[:, rows], *upstream)
             v = torch.full_like(g[rows], 1 / ctx.temperature)
             _accumulate(dz, v, hidden[rows], weight, rows, d_hidden, d_weight)
         if d_weight is not None:
-            d_weight = d_weight.to(ctx.weight_dtype)
+            d_weight = d_weight[: ctx.n_tokens].to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None
 
 
@@ -260,7 +272,8 @@ def _empty_gradients(ctx, hidden, weight):
     """Where the gradients of hidden and weight will be gathered; None for one nobody asks for."""
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     d_hidden = torch.empty_like(hidden) if need_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=_precision(weight)) if need_weight else None
+    new = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills it
+    d_weight = new(weight, dtype=_precision(weight)) if need_weight else None
     return d_hidden, d_weight
 
 
@@ -281,7 +294,8 @@ def _accumulate(dz, v, hidden, weight, rows, d_hidden, d_weight):
         if d_hidden is not None:
             d_hidden[rows] = v[:, None] * torch.mm(dz, weight, **in_float32)
         if d_weight is not None:
-            torch.addmm(d_weight, dz.T, hidden, out=d_weight, **in_float32)
+            beta = min(rows.start, 1)  # 0 for the first chunk: what d_weight held is not read
+            torch.addmm(d_weight, dz.T, hidden, beta=beta, out=d_weight, **in_float32)
 
 
 def _no_autocast(x):
@@ -296,13 +310,14 @@ def _forbid_double_backward():
 
 # ---------------------------------------------------------------------------------------------
 # Three passes over the logits of a chunk. Each is defined in PyTorch, and done in Triton on a GPU.
+# n_tokens: the first rows of weight are tokens, and the others padding (see `_for_kernel`).
 
 
-def _statistics(hidden, weight, target, temperature, with_entropy):
+def _statistics(hidden, weight, n_tokens, target, temperature, with_entropy):
     """log p_t, log sum exp z and (if with_entropy, else 0) H of every row: three of (n,)."""
     if _use_triton(hidden):
         # Merge the tiles of a row, as the formulas above do it for two: (n, tiles) -> (n,).
-        m, s, u = _run_kernel("statistics", hidden, weight, temperature, with_entropy)
+        m, s, u = _run_kernel("statistics", hidden, weight, n_tokens, temperature, with_entropy)
         top = m.amax(1)
         scale = (m - top[:, None]).exp()  # e^(m_i - m), which is 0 for a tile far below the top
         total = (s * scale).sum(1)
@@ -320,11 +335,11 @@ def _statistics(hidden, weight, target, temperature, with_entropy):
     return logprob, top + log_s, entropy
 
 
-def _exponentials(hidden, weight, target):
+def _exponentials(hidden, weight, n_tokens, target):
     """e (n, V), and per row: factor, with p = factor * e; 1 - p_t; log p_t."""
     if _use_triton(hidden):
         z_t = _target_logits(hidden, weight, target, 1.0)
-        e, s = _run_kernel("exponentials", hidden, weight, base=z_t)
+        e, s = _run_kernel("exponentials", hidden, weight, n_tokens, base=z_t)
         total = s.sum(1).clamp(min=1)  # exp(z_t - z_t) = 1 is one term, up to rounding
         # 1 - p_t from a sum that holds p_t: unlike below, its digits end at 1e-7
         return e, 1 / total, (total - 1) / total, -total.log()
@@ -334,14 +349,13 @@ def _exponentials(hidden, weight, target):
     return p, torch.ones_like(top), p.sum(1), logprob
 
 
-def _logit_gradients(hidden, weight, target, temperature, statistics, g, h):
+def _logit_gradients(hidden, weight, n_tokens, target, temperature, statistics, g, h):
     """dz_j = g ([j = t] - p_j) - h p_j (log p_j + H), (n, V), for upstream g and h (or None)."""
     logprob, lse, entropy = statistics
     t = target[:, None]
     if _use_triton(hidden):
-        dz = _run_kernel(
-            "gradients", hidden, weight, temperature, h is not None, lse, entropy, g, h
-        )
+        how = n_tokens, temperature, h is not None
+        dz = _run_kernel("gradients", hidden, weight, *how, lse, entropy, g, h)
         at_target = -g * torch.expm1(logprob)  # g (1 - p_t); the tile's 1 - p_t has lost digits
         if h is not None:
             at_target -= h * logprob.exp() * (logprob + entropy)
@@ -383,30 +397,49 @@ def _target_logits(hidden, weight, target, temperature):
 
 
 def backend(device: torch.device) -> str:
-    """What computes the head of bfloat16 and float32 tensors on a device: "Triton" or "PyTorch"."""
-    return "Triton" if triton and device.type == "cuda" else "PyTorch"
+    """What computes the head of float32 tensors on a device: "Triton" or "PyTorch"."""
+    return "Triton" if _use_triton(torch.empty(0, device=device)) else "PyTorch"
 
 
 def _use_triton(x):
-    """bfloat16 and float32 on a GPU. In float16, exp(z_j - z_t) would overflow."""
-    return triton and x.dtype in (torch.bfloat16, torch.float32) and (x.is_cuda or INTERPRET)
+    """bfloat16 and float32 on an NVIDIA GPU. In float16, exp(z_j - z_t) would overflow."""
+    if not triton or x.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    if not x.is_cuda or not torch.version.cuda:  # AMD's GPUs are "cuda", too: never tried there
+        return INTERPRET
+    # Before Ampere (8, 0) tensor cores cannot multiply bfloat16, and the kernel would crawl.
+    return x.dtype == torch.float32 or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _for_kernel(weight, hidden):
-    """The weight as the kernel reads it, in the dtype of hidden; made once for all chunks."""
-    return weight.to(hidden.dtype).contiguous() if _use_triton(hidden) else weight
+    """The weight as kernel and products read it, made once for all chunks.
+
+    In the dtype of hidden, and with rows of zeros up to a multiple of 16: at GPT-2's 50257 tokens,
+    an odd number, cuBLAS is five times slower, and Triton stores two bytes at a time instead of 16.
+    """
+    if not _use_triton(hidden):
+        return weight
+    padding = -len(weight) % 16
+    if not padding:
+        return weight.to(hidden.dtype).contiguous()
+    shape = len(weight) + padding, weight.shape[1]
+    padded = torch.empty(shape, device=weight.device, dtype=hidden.dtype)
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
 
 
 def _run_kernel(
-    mode, hidden, weight, temperature=1.0, entropy=False, base=None, entropies=None, g=None, h=None
-):
+    mode, hidden, weight, n_tokens, temperature=1.0, entropy=False,
+    base=None, entropies=None, g=None, h=None,
+):  # fmt: skip
     """Launch one program per tile. Returns what the mode makes:
 
     "statistics"    m, s, u (n, tiles): max z, sum e^(z - m), sum e^(z - m) (z - m) of every tile
     "exponentials"  E (n, V) = e^min(z - base, 70), base being z_t, and its sums s (n, tiles)
     "gradients"     dz (n, V) = -(g + h (z - base + H)) e^(z - base), base being log sum exp z
 
-    E and dz have the dtype of hidden; their rows start at multiples of 8, for 16-byte loads.
+    E and dz have the dtype of hidden, and zeros where weight has padding.
     """
     hidden = hidden.contiguous()
     (n, C), V = hidden.shape, len(weight)
@@ -419,19 +452,23 @@ def _run_kernel(
     new = dict(device=hidden.device, dtype=torch.float32)
     m, s = torch.empty(2, n, tiles, **new)
     u = torch.empty(n, tiles, **new) if entropy and mode == "statistics" else None
-    width = 8 * triton.cdiv(V, 8)
     out = None
     if mode != "statistics":
-        out = torch.empty(n, width, device=hidden.device, dtype=hidden.dtype)
+        out = torch.empty(n, V, device=hidden.device, dtype=hidden.dtype)
     if n:
-        _tile_kernel[(triton.cdiv(n, block["BLOCK_N"]) * tiles,)](
-            hidden, weight, out, m, s, u, base, entropies, g, h,
-            n, V, width, 1 / temperature,
-            CHANNELS=C, MODE=mode, ENTROPY=entropy, **block, **options,
-        )  # fmt: skip
+        x, w = hidden, weight
+        if block["TMA"]:
+            x = TensorDescriptor.from_tensor(x, [block["BLOCK_N"], block["BLOCK_C"]])
+            w = TensorDescriptor.from_tensor(w, [block["BLOCK_V"], block["BLOCK_C"]])
+        with torch.cuda.device_of(hidden):  # Triton launches on the current GPU
+            _tile_kernel[(triton.cdiv(n, block["BLOCK_N"]) * tiles,)](
+                x, w, out, m, s, u, base, entropies, g, h,
+                n, n_tokens, V, 1 / temperature,
+                CHANNELS=C, MODE=mode, ENTROPY=entropy, **block, **options,
+            )  # fmt: skip
     if mode == "statistics":
         return m, s, u
-    return (out[:, :V], s) if mode == "exponentials" else out[:, :V]
+    return (out, s) if mode == "exponentials" else out
 
 
 def _tile(dtype, shared_memory):
@@ -439,26 +476,38 @@ def _tile(dtype, shared_memory):
 
     shared_memory: bytes that one program may have; None in Triton's interpreter.
     """
+    bf16 = dtype == torch.bfloat16
     if shared_memory is None:  # the interpreter is slow, and cannot multiply bfloat16
         shape = dict(BLOCK_N=16, BLOCK_V=32, BLOCK_C=16)
-        return dict(**shape, UPCAST=True, PRECISION="ieee"), {}
-    if dtype == torch.float32:  # "ieee", since Triton's own choice is TF32, with 10 bits
-        shape = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_C=32)
-        return dict(**shape, UPCAST=False, PRECISION="ieee"), dict(num_warps=8, num_stages=3)
-    # Three stages of (128 + 128) x 64 bfloat16 are 98,304 bytes; with 32 channels, 49,152.
-    shape = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_C=64 if shared_memory >= 98304 else 32)
-    return dict(**shape, UPCAST=False, PRECISION="tf32"), dict(num_warps=8, num_stages=3)
+        return dict(**shape, TMA=bf16, UPCAST=True, PRECISION="ieee"), {}
+    # What is fetched while something else is multiplied takes num_stages times (BLOCK_N + BLOCK_V)
+    # x BLOCK_C numbers of shared memory: 196,608, 98,304 or 49,152 bytes of bfloat16. Only recent
+    # GPUs have as much as the first, and they have a tensor memory accelerator (TMA), too.
+    if bf16 and shared_memory >= 200_000:
+        shape, stages, tma = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_C=64), 4, True
+    elif bf16:
+        channels = 64 if shared_memory >= 98304 else 32
+        shape, stages, tma = dict(BLOCK_N=128, BLOCK_V=128, BLOCK_C=channels), 3, False
+    else:
+        shape, stages, tma = dict(BLOCK_N=64, BLOCK_V=64, BLOCK_C=32), 3, False
+    # "ieee", since Triton's own choice for float32 is TF32, with 10 bits
+    constants = dict(**shape, TMA=tma, UPCAST=False, PRECISION="tf32" if bf16 else "ieee")
+    return constants, dict(num_warps=8, num_stages=stages)
 
 
 if triton:
-
-    @triton.jit
+    # Triton compiles anew for every alignment of its arguments. Those of which there is one number
+    # per row start anywhere, and are read too rarely for it to matter.
+    @triton.jit(
+        do_not_specialize=["n_rows"],
+        do_not_specialize_on_alignment=[*"MSUGH", "BASE", "ENTROPIES"],
+    )
     def _tile_kernel(
         X, W, OUT, M, S, U, BASE, ENTROPIES, G, H,
         n_rows, n_tokens, out_stride, scale,
         CHANNELS: tl.constexpr, MODE: tl.constexpr, ENTROPY: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
-        UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+        TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """One tile of logits, and what `_run_kernel` says its mode makes of it."""
         # Neighbouring programs take different rows of the same tokens, whose part of W stays in L2.
@@ -471,28 +520,34 @@ if triton:
         row_in, token_in = rows < n_rows, tokens < n_tokens
 
         # The product: BLOCK_C channels at a time, summed in float32.
-        x = X + rows[:, None] * CHANNELS + channels[None, :]  # (BLOCK_N, BLOCK_C) addresses
-        w = W + tokens[None, :] * CHANNELS + channels[:, None]  # (BLOCK_C, BLOCK_V)
         z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for first in range(0, CHANNELS, BLOCK_C):
-            inside = channels < CHANNELS - first
-            x_part = tl.load(x + first, mask=row_in[:, None] & inside[None, :], other=0.0)
-            w_part = tl.load(w + first, mask=token_in[None, :] & inside[:, None], other=0.0)
+            if TMA:  # X and W are descriptors, from which a block is fetched; beyond an edge are 0s
+                x = X.load([row_tile * BLOCK_N, first])  # (BLOCK_N, BLOCK_C)
+                w = W.load([v_tile * BLOCK_V, first]).T  # (BLOCK_C, BLOCK_V)
+            else:
+                inside = channels < CHANNELS - first
+                x = X + rows[:, None] * CHANNELS + first + channels[None, :]  # addresses
+                w = W + tokens[None, :] * CHANNELS + first + channels[:, None]
+                x = tl.load(x, mask=row_in[:, None] & inside[None, :], other=0.0)
+                w = tl.load(w, mask=token_in[None, :] & inside[:, None], other=0.0)
             if UPCAST:  # Triton's interpreter cannot multiply bfloat16
-                x_part, w_part = x_part.to(tl.float32), w_part.to(tl.float32)
-            z = tl.dot(x_part, w_part, z, input_precision=PRECISION)
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            z = tl.dot(x, w, z, input_precision=PRECISION)
         z *= scale
 
         part = rows * tl.cdiv(n_tokens, BLOCK_V) + v_tile  # where (row, tile) stands in M, S, U
         if MODE == "statistics":
-            # Tokens beyond the vocabulary are no tokens: as zeros they would enter every sum.
-            m = tl.max(tl.where(token_in[None, :], z, float("-inf")), 1)
-            above = tl.where(token_in[None, :], z - m[:, None], float("-inf"))
-            e = tl.exp(above)
+            # Tokens beyond the vocabulary are no tokens: as zeros they would enter every sum. Nor
+            # may they be -inf, for then e * z would be 0 * -inf.
+            z = tl.where(token_in[None, :], z, -1e30)
+            m = tl.max(z, 1)
+            z -= m[:, None]
+            e = tl.exp(z)
             tl.store(M + part, m, mask=row_in)
             tl.store(S + part, tl.sum(e, 1), mask=row_in)
             if ENTROPY:
-                tl.store(U + part, tl.sum(tl.where(token_in[None, :], e * above, 0.0), 1), row_in)
+                tl.store(U + part, tl.sum(e * z, 1), mask=row_in)
         else:
             out = OUT + rows[:, None] * out_stride + tokens[None, :]
             base = tl.load(BASE + rows, mask=row_in, other=0.0)  # z_t, or log sum exp z
@@ -508,5 +563,7 @@ if triton:
                     h = tl.load(H + rows, mask=row_in, other=0.0)
                     entropy = tl.load(ENTROPIES + rows, mask=row_in, other=0.0)
                     upstream = g[:, None] + h[:, None] * (log_p + entropy[:, None])
-                e = -upstream * tl.exp(log_p)
-            tl.store(out, e.to(OUT.dtype.element_ty), mask=row_in[:, None] & token_in[None, :])
+                e = tl.where(token_in[None, :], -upstream * tl.exp(log_p), 0.0)
+            # The padding of a row is written, too, as zeros: whole vectors up to its end.
+            inside = tokens < out_stride
+            tl.store(out, e.to(OUT.dtype.element_ty), mask=row_in[:, None] & inside[None, :])

@@ -118,30 +118,34 @@ def test_only_matrices_and_tables_are_decayed(tiny, optimizer):
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 32)])
 def test_orthogonalising_keeps_directions_and_makes_singular_values_alike(shape):
     torch.manual_seed(0)
-    g = torch.randn(shape, dtype=torch.float64) * torch.logspace(0, -1, shape[1])
-    u, s, v = torch.linalg.svd(g, full_matrices=False)
-    s = s / s.norm()
-    for _ in range(5):  # what five rounds do to each singular value
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert 0.6 < s.min() and s.max() < 1.25
-    torch.testing.assert_close(orthogonalise(g), u @ s.diag() @ v)
+    stack = torch.randn(2, *shape, dtype=torch.float64) * torch.logspace(0, -1, shape[1])
+    stack[1] *= 100.0  # the size of a matrix does not matter, nor what else is in the stack
+    for g, found in zip(stack, orthogonalise(stack)):
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):  # what five rounds do to each singular value
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        assert 0.6 < s.min() and s.max() < 1.25
+        torch.testing.assert_close(found, u @ s.diag() @ v)
 
 
 def test_muon_is_torchs_muon_but_for_its_bfloat16():
     torch.manual_seed(0)
-    for shape in ((16, 48), (48, 16)):
-        ours = torch.nn.Parameter(torch.randn(shape))
-        theirs = torch.nn.Parameter(ours.detach().clone())
-        a = Muon([ours], lr=0.1, weight_decay=0.1)
-        b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1)
-        for _ in range(5):
-            ours.grad = torch.randn(shape)
-            theirs.grad = ours.grad.clone()
-            before = ours.detach().clone()
-            a.step()
-            b.step()
-            moved = (ours - before).norm()
-            torch.testing.assert_close(ours, theirs, atol=0.02 * moved.item(), rtol=0)
+    shapes = [(16, 48), (48, 16), (16, 48)]  # those of a shape are moved together
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = Muon(ours, lr=0.1, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1)
+    for _ in range(5):
+        before = [p.detach().clone() for p in ours]
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+        for p, q, old in zip(ours, theirs, before):
+            moved = (p - old).norm().item()
+            torch.testing.assert_close(p, q, atol=0.02 * moved, rtol=0)
 
 
 def test_a_step_uses_a_fraction_of_the_peak_rate_and_clears_the_gradients():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import SCRIPTS, prepare, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_sft
 from data.run import microbatches, set_speed, start
@@ -56,6 +57,24 @@ def test_in_bfloat16_only_products_are_rounded(tiny):
     for name in expected:
         assert found[name].dtype == torch.float32
         assert (found[name] - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-6, name
+
+
+def test_sampling_rounds_no_weight_again_for_the_next_token(tiny):
+    class CountWeights(TorchDispatchMode):
+        rounded = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                self.rounded += 1
+            return function(*args, **(kwargs or {}))
+
+    weights = {parameter.data_ptr() for parameter in tiny.h.parameters()}
+    tiny.bf16 = True
+    for new_tokens in (1, 8):
+        with CountWeights() as count:
+            generate(tiny, [[1, 2, 3], [4]], new_tokens)
+        # four matrices and four biases in each of two blocks
+        assert count.rounded == 16
 
 
 def test_in_bfloat16_sampling_and_scoring_nearly_agree(tiny):

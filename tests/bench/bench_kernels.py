@@ -102,9 +102,10 @@ def tasks() -> dict:
     logprobs = {"ours": linear_logprobs, "linear + log_softmax": eager_logprobs}
     both = {"ours": our_logprobs_with_entropy, "linear + log_softmax": eager_with_entropy}
     if CUDA:
-        loss["torch.compile"] = torch.compile(eager_loss)
-        logprobs["torch.compile"] = torch.compile(eager_logprobs)
-        both["torch.compile"] = torch.compile(eager_with_entropy)
+        torch._dynamo.config.recompile_limit = 64  # one for every size, or it would run eagerly
+        loss["torch.compile"] = torch.compile(eager_loss, dynamic=False)
+        logprobs["torch.compile"] = torch.compile(eager_logprobs, dynamic=False)
+        both["torch.compile"] = torch.compile(eager_with_entropy, dynamic=False)
     loss |= peers()[0]
     four = {"4 bare products": bare_products(4)}
     return {
