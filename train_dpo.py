@@ -245,7 +245,7 @@ def main(cfg: Config) -> dict:
     asked = [row["messages"] for row in test_rows[:100]]
     if of_town:
         tasks = draw_tasks(150, "dpo", split="test")
-        asked = [question(task.prompt) for task in tasks]
+        asked = [task.messages for task in tasks]
     prompts = [encode_prompt(tokenizer, messages) for messages in asked]
     if max(map(len, prompts)) >= model.config.context:
         raise InputError(

@@ -58,7 +58,7 @@ from data.run import (
     sum_over_ranks,
 )
 from data.tokenizer import load_tokenizer
-from data.town.gold import final_answer, gold
+from data.town.gold import exact_match, final_answer, gold
 from data.town.tasks import SHOWN, draw_tasks, task_rows
 from gpt import InputError, ScalarModel, fingerprint, load_model
 from kernels import linear_logprobs
@@ -71,6 +71,7 @@ class Config:
     init: str = ""  # SFT checkpoint, policy at the start and reference ("" = out/sft/ckpt.pt)
     rm: str = ""  # reward model, and critic at the start ("" = out/rm/ckpt.pt)
     data: str = ""  # JSON or JSONL with prompts ("" = tasks of the town)
+    tasks: str = ""  # mixture of kinds, like story:3,one_sum ("" = all, equally)
     # rollouts
     iterations: int = 26  # rounds of sampling, scoring and updating
     rollouts: int = 128  # responses sampled per iteration
@@ -78,7 +79,7 @@ class Config:
     max_new_tokens: int = 48  # longest response; without an end by then it gets no_end_score
     no_end_score: float = -2.0  # score of a response without an end, in SD of SFT samples
     # reward
-    reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (final answers)
+    reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (1 if right, or 0)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
     gamma: float = 1.0  # discount
@@ -115,10 +116,12 @@ class Config:
             )
         if self.target_kl and not self.beta:
             raise ValueError("--target_kl adapts --beta by factors, and 0 stays 0: start above it")
-        if self.reward not in ("rm", "exact" if self.data else "gold"):
+        if self.reward not in ("rm", "gold", "exact") or (self.data and self.reward == "gold"):
             raise ValueError(
-                f"--reward {self.reward}: there are rm, gold (without --data) and exact (with it)"
+                f"--reward {self.reward}: there are rm, exact and, without --data, gold"
             )
+        if self.data and self.tasks:
+            raise ValueError("--tasks are those of the town: with --data there are none")
 
     def resolved(self) -> "Config":
         """The same with the paths that "" stands for."""
@@ -280,8 +283,8 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
                 print(f"left out {n_others:,} of {len(rows):,} rows: they have no response")
             rows = answered
         return held_out(encode(rows))
-    tasks = draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}")
-    test_tasks = draw_tasks(150, "ppo", split="test")
+    tasks = draw_tasks(cfg.iterations * cfg.rollouts, f"ppo {cfg.seed}", cfg.tasks)
+    test_tasks = draw_tasks(150, "ppo", cfg.tasks, split="test")
     return encode(task_rows(tasks)), encode(task_rows(test_tasks))
 
 
@@ -313,8 +316,10 @@ def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
         rewards = score_sequences(reward_model, sequences, tokenizer.pad)
     elif cfg.reward == "gold":
         rewards = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
-    else:
+    elif cfg.data:
         rewards = [final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs]
+    else:
+        rewards = [exact_match(row["task"], reply.text) for row, reply in pairs]
     ended = np.array([reply.ended for reply in replies])
     return torch.tensor(np.where(ended, rewards, cfg.no_end_score), dtype=torch.float32)
 

@@ -39,7 +39,8 @@ from data.run import (
     step_optimizers,
 )
 from data.tokenizer import load_tokenizer
-from data.town.tasks import SHOWN, demonstrations
+from data.town.demonstrations import demonstrations
+from data.town.tasks import SHOWN
 from gpt import fingerprint
 from kernels import linear_cross_entropy
 
@@ -72,6 +73,10 @@ class Config:
     name: str = ""  # of this run, which writes to out/<name> ("" = sft)
     resume: bool = False  # continue an interrupted run
     check: bool = False  # compare the curves with those of reference runs (data/check.py)
+
+    def __post_init__(self):
+        if self.data and self.tasks:
+            raise ValueError("--tasks are those of the town: with --data there are none")
 
     def resolved(self) -> "Config":
         """The same with the paths that "" stands for."""

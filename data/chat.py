@@ -31,6 +31,17 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     return ids + [tokenizer.assistant]
 
 
+def recent(tokenizer, messages: list[dict], room: int) -> list[dict]:
+    """The end of a conversation whose prompt has at most room tokens: whole turns, a question and
+    its answer each, are forgotten, the oldest first. The last question stays, however long it is.
+
+    messages: of user and assistant in turn, the first and the last of the user.
+    """
+    while len(messages) > 2 and len(encode_prompt(tokenizer, messages)) > room:
+        messages = messages[2:]
+    return messages
+
+
 def encode_opening(tokenizer, text: str) -> list[int]:
     """Ids of the opening of a document: <|endoftext|> text.
 

@@ -9,21 +9,26 @@
     best_of_n       n samples of the SFT model, of which the reward model picks one
 
 Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. All prompts are of
-cases held out of every training set; some also use templates, or belong to kinds, never trained on.
-Sampling at temperature 1 shows what a model is like, greedy decoding what it knows.
+cases held out of every training set. Some have something else that training never has, and tell
+what generalises: a frame, a core, a cell, a whole kind (data/town/tasks.py says what these are).
+Others are about strangers, of whom a model can only say that it has never heard of them. The base
+model is asked plainly, and in the form of its documents: what one had to do before there was
+instruction tuning. Sampling at temperature 1 shows what a model is like, greedy decoding what it
+knows.
 
 A run that was trained from a model which is no longer there, say because SFT was repeated and PPO
 was not, is named: its KL and its wins compare models that do not belong together.
 
-The JSON's keys are explained where they are computed, in `describe`. Intervals are 95 %, from the
-normal approximation over prompts; they say nothing about the luck of a training run, for which one
-runs several seeds.
+The JSON's keys are explained where they are computed, in `describe` and `honesty`. Intervals are
+95 %, from the normal approximation over prompts; they say nothing about the luck of a training run,
+for which one runs several seeds.
 """
 
 import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +37,27 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data.chat import Reply, pad, sorted_batches
+from data.chat import Reply, pad, question, sorted_batches
 from data.gpt2 import is_gpt2
 from data.metrics import interval, mean_or_none
 from data.run import COLOURS, STAGES, run_script, start
 from data.talk import Speaker, find_checkpoints
-from data.town.gold import declines, exact_match, f1, gold
+from data.town.gold import declines, denies, exact_match, f1, gold, made_up, split_reply
 from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from gpt import GPT, InputError, ScalarModel, fingerprint, load_checkpoint, load_model
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
-SKILLS = ["one_sum", "two_sums", "to_spanish", "passage", "choice"]
+SKILLS = ["one_sum", "two_sums", "translate", "passage", "choice"]
+# What is new about a prompt, beside its case -> what `draw` calls it
+NEW = {
+    "frame new to the kind": "frame",
+    "frame new to all kinds": "rare frame",
+    "new core": "core",
+    "new cell": "cell",
+}
+# Kinds with held-out cells, but for `unknown`: its cell, new names, has numbers of its own.
+WITH_CELLS = [name for name, k in KINDS.items() if k.held_out_cells and name != "unknown"]
 
 
 @dataclass
@@ -74,13 +88,14 @@ class BestOf(Speaker):
             raise InputError(f"{reward_model} has another tokenizer than {sft}")
         self.report, self.n = checkpoint["report"], n
 
-    def answer(self, texts: list[str], max_new_tokens: int, seed: int, **how) -> list[Reply]:
+    def answer(self, conversations, max_new_tokens: int, seed: int, **how) -> list[Reply]:
         """Of n samples per prompt, at temperature 1 whatever is asked, the one that scores best."""
-        replies = super().answer(texts * self.n, max_new_tokens, seed)
-        sequences = [self.encode(text) + r.ids for text, r in zip(texts * self.n, replies)]
+        asked = conversations * self.n
+        replies = super().answer(asked, max_new_tokens, seed)
+        sequences = [self.encode(messages) + r.ids for messages, r in zip(asked, replies)]
         scores = score_sequences(self.reward_model, sequences, self.tokenizer.pad)
-        best = scores.reshape(self.n, len(texts)).argmax(0)
-        return [replies[row * len(texts) + i] for i, row in enumerate(best)]
+        best = scores.reshape(self.n, len(conversations)).argmax(0)
+        return [replies[row * len(conversations) + i] for i, row in enumerate(best)]
 
 
 @torch.no_grad()
@@ -142,46 +157,101 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
 class Prompts:
     """What every model is asked. All cases are held out of every training set."""
 
-    seen: list[Task]  # of kinds and templates that were trained on
-    templates: list[Task]  # of templates that were not
-    kinds: list[Task]  # of kinds that were not
+    seen: list[Task]  # of kinds, cells, cores and frames that were trained on
+    new: dict[str, list[Task]]  # a key of NEW -> tasks in which that is new; "new kind" likewise
+    strangers: list[Task]  # questions about people nobody has written about
+    facts: list[Task]  # the same questions about residents
     safety: list[Task]  # harmful requests, and harmless ones in the same words
 
     @classmethod
     def draw(cls, n: int, seed: int) -> "Prompts":
         """n prompts of what was seen, and fewer of the rest."""
-        new_kinds = ",".join(name for name, kind in KINDS.items() if kind.held_out)
+
+        def drawn(count, what, kinds=TRAIN_KINDS, new=""):
+            return draw_tasks(count, f"{what} {seed}", ",".join(kinds), split="test", new=new)
+
+        new_kinds = [name for name, kind in KINDS.items() if kind.held_out]
+        new = {
+            group: drawn(n // 2, group, WITH_CELLS if how == "cell" else TRAIN_KINDS, how)
+            for group, how in NEW.items()
+        }
         return cls(
-            draw_tasks(n, f"evaluate {seed}", split="test"),
-            draw_tasks(n // 2, f"wordings {seed}", split="test", unseen_template=True),
-            draw_tasks(n // 4, f"kinds {seed}", new_kinds, split="test"),
-            draw_tasks(400, f"safety {seed}", "advice,harmful", split="test"),
+            drawn(n, "evaluate"),
+            new | {"new kind": drawn(n // 8, "new kind", new_kinds)},
+            drawn(120, "strangers", ["unknown"], "cell"),
+            drawn(120, "facts", ["fact"]),
+            drawn(400, "safety", ["advice", "harmful"]),
         )
 
 
+def honesty(prompts: Prompts, to_strangers: list[Reply], to_facts: list[Reply]) -> dict:
+    """Whether a model says what it knows about people, and of others that it does not know them."""
+    about_strangers, about_residents = (
+        [(task, split_reply(reply.text)[0]) for task, reply in zip(tasks, replies)]
+        for tasks, replies in ((prompts.strangers, to_strangers), (prompts.facts, to_facts))
+    )
+    return {
+        "made_up_about_strangers": mean_or_none(made_up(*pair) for pair in about_strangers),
+        "known_facts_right": mean_or_none(exact_match(*pair) for pair in about_residents),
+        "known_facts_denied": mean_or_none(denies(text) for _, text in about_residents),
+    }
+
+
+def by_kind(tasks: list[Task], right: list[bool]) -> dict[str, float]:
+    """kind of task -> the fraction of its tasks that are right."""
+    found = {}
+    for task, is_right in zip(tasks, right):
+        found.setdefault(task.kind, []).append(is_right)
+    return {kind: float(np.mean(values)) for kind, values in found.items()}
+
+
+def as_document(task: Task) -> str:
+    """The opening of a document that asks the same: "Otto's sums: 3+4 is 7, 9-4 is 5, 12-5 is"."""
+    return KINDS[task.kind].document.format(**task.case.fill)
+
+
+def goes_on_with_the_answer(task: Task, text: str) -> bool:
+    """Whether what follows such an opening begins with the curt answer, or else with the full one.
+
+    " 7. Mila" is right for 12-5, and " 72" is not; capital letters do not count.
+    """
+    answer = (task.case.short or task.case.answer).rstrip(".")
+    return re.match(rf"\s*{re.escape(answer)}\b", text, re.IGNORECASE) is not None
+
+
 def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Config) -> dict:
-    """Ask a model everything, and return the numbers of `describe` and its KL to the SFT model."""
+    """Ask a model everything: the numbers of `describe` and `honesty`, KL to the SFT model, and in
+    "by_task" exact match where something is new, or where a base model is asked in documents."""
 
     def answer(tasks, temperature):
-        texts = [task.prompt for task in tasks]
-        return speaker.answer(texts, cfg.max_new_tokens, cfg.seed, temperature=temperature)
+        asked = [task.messages for task in tasks]
+        return speaker.answer(asked, cfg.max_new_tokens, cfg.seed, temperature=temperature)
 
     picks = isinstance(speaker, BestOf)  # it has to sample
     sampled, greedy = answer(prompts.seen, 1.0), None if picks else answer(prompts.seen, 0.0)
     safe = answer(prompts.safety, 1.0)
     numbers = describe(prompts.seen, sampled, greedy, sft_gold, prompts.safety, safe)
-    for group, tasks in (("unseen template", prompts.templates), ("unseen kind", prompts.kinds)):
-        exact = {}
-        for task, reply in zip(tasks, answer(tasks, 0.0)):
-            exact.setdefault(task.kind, []).append(exact_match(task, reply.text))
-        for kind, values in exact.items():
-            numbers["by_task"].setdefault(kind, {})[f"exact_match, {group}"] = np.mean(values)
+    numbers |= honesty(prompts, answer(prompts.strangers, 0.0), answer(prompts.facts, 0.0))
+    exact = {}  # group -> (tasks, which of the greedy replies to them are right)
+    if speaker.is_base:
+        tasks = [t for t in prompts.seen + prompts.new["new kind"] if KINDS[t.kind].document]
+        asked = [question(as_document(task)) for task in tasks]
+        replies = speaker.answer(asked, cfg.max_new_tokens, cfg.seed, temperature=0.0)
+        right = [goes_on_with_the_answer(t, r.text) for t, r in zip(tasks, replies)]
+        exact["as a document"] = tasks, right
+    elif not picks:  # best_of_n would need most of the time for this
+        for group, tasks in prompts.new.items():
+            right = [exact_match(t, r.text) for t, r in zip(tasks, answer(tasks, 0.0))]
+            exact[group] = tasks, right
+    for group, (tasks, right) in exact.items():
+        for kind, fraction in by_kind(tasks, right).items():
+            numbers["by_task"].setdefault(kind, {})[f"exact_match, {group}"] = fraction
     if picks:  # an upper bound (Beirami et al. 2024)
         numbers["kl_to_sft"] = math.log(speaker.n) - (speaker.n - 1) / speaker.n
     elif speaker.is_base or speaker.tokenizer.state != sft.tokenizer.state:
         numbers["kl_to_sft"] = None  # the two read different tokens: there is nothing to compare
     else:
-        asked = [speaker.encode(task.prompt) for task in prompts.seen]
+        asked = [speaker.encode(task.messages) for task in prompts.seen]
         ids = [reply.ids for reply in sampled]
         both = (reply_logprobs(model, asked, ids) for model in (speaker.model, sft.model))
         numbers["kl_to_sft"] = float(np.subtract(*both).mean())
@@ -237,10 +307,10 @@ def evaluate(cfg: Config) -> dict:
     tempfile.TemporaryFile(dir=out).close()
 
     prompts = Prompts.draw(cfg.prompts, cfg.seed)
-    texts = SHOWN + [task.prompt for task in prompts.seen[:6]]  # whose answers people will read
+    seen = [task.messages for task in prompts.seen]
+    shown_prompts = [question(text) for text in SHOWN] + seen[:6]  # people read these replies
     sft_path = out / "sft" / "ckpt.pt"
     sft = Speaker(sft_path, device)
-    seen = [task.prompt for task in prompts.seen]
     sft_gold = golds(prompts.seen, sft.answer(seen, cfg.max_new_tokens, cfg.seed))
     report = {"seed": cfg.seed, "prompts": cfg.prompts, "temperature": 1.0, "best_of_n": cfg.n}
     report |= {"stale": stale, "stages": {}, "reward_models": {}}
@@ -269,13 +339,14 @@ def evaluate(cfg: Config) -> dict:
         numbers["train_seconds"] = cost.get("seconds")
         numbers["forward_equivalents"] = cost.get("forward_equivalents")
         report["stages"][label] = numbers
-        replies = speaker.answer(texts, cfg.max_new_tokens, cfg.seed, temperature=1.0)
+        replies = speaker.answer(shown_prompts, cfg.max_new_tokens, cfg.seed, temperature=1.0)
         shown[label] = [reply.text for reply in replies]
 
     with tempfile.TemporaryDirectory(dir=out, prefix="report.") as folder:
         new = Path(folder)
         (new / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        (new / "report.md").write_text(markdown(report, texts, shown), encoding="utf-8")
+        text = markdown(report, shown_prompts, shown)
+        (new / "report.md").write_text(text, encoding="utf-8")
         draw_report(report, new / "report.png")
         for name in ("report.png", "report.md", "report.json"):  # once all three are whole
             os.replace(new / name, out / name)
@@ -296,8 +367,8 @@ def table(header: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(cell(x) for x in line) + " |\n" for line in lines) + "\n"
 
 
-def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> str:
-    """The report as Markdown; shown: per stage, its replies to the prompts."""
+def markdown(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]]) -> str:
+    """The report as Markdown; prompts: conversations; shown: what each stage replies to them."""
     stages = report["stages"]
     n = report["best_of_n"]
 
@@ -317,6 +388,9 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
         "f1": "F1, greedy",
         "refusal_rate": "harmful requests declined",
         "false_refusal_rate": "harmless ones declined",
+        "made_up_about_strangers": "made up about strangers, greedy",
+        "known_facts_right": "known facts right, greedy",
+        "known_facts_denied": "known facts denied, greedy",
         "kl_to_sft": "KL to SFT, nats per response",
         "response_tokens": "tokens per response",
         "no_end_rate": "responses without an end",
@@ -344,18 +418,14 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     text += "".join(f"**{sentence}.**\n\n" for sentence in report["stale"])
     text += table(["", *stages], rows)
 
-    text += "## Exact match by kind of task\n\n"
-    text += "Greedy. In brackets: with a template never trained on.\n\n"
-    rows = []
-    for kind in stages["sft"]["by_task"]:
-        row = [kind + (" (kind never trained on)" if KINDS[kind].held_out else "")]
-        for s in stages.values():
-            numbers = s["by_task"][kind]
-            worded = numbers.get("exact_match, unseen template")
-            known = numbers.get("exact_match", numbers.get("exact_match, unseen kind"))
-            row.append(f"{known:.2f}" + ("" if worded is None else f" ({worded:.2f})"))
-        rows.append(row)
+    text += "## Exact match by kind of task\n\nGreedy, on held-out cases.\n\n"
+    rows = [
+        [kind] + [s["by_task"][kind]["exact_match"] for s in stages.values()]
+        for kind in TRAIN_KINDS
+    ]
     text += table(["", *stages], rows)
+    text += what_generalises(stages)
+    text += instructions_and_documents(stages)
 
     text += "## Gold by kind of task, temperature 1\n\n"
     text += table(
@@ -372,8 +442,8 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
     text += (
         "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
     )
-    for i, prompt in enumerate(prompts):
-        text += f"**{prompt}**\n\n"
+    for i, messages in enumerate(prompts):
+        text += f"**{' / '.join(message['content'] for message in messages)}**\n\n"
         text += table(
             ["stage", "response"],
             [
@@ -382,6 +452,55 @@ def markdown(report: dict, prompts: list[str], shown: dict[str, list[str]]) -> s
             ],
         )
     return text
+
+
+def what_generalises(stages: dict) -> str:
+    """Exact match where something is new about the prompt: means of the assistants, SFT by kind."""
+    columns = {"nothing": "exact_match"}  # column -> key
+    columns |= {group: f"exact_match, {group}" for group in [*NEW, "new kind"]}
+
+    def mean(by_task, key):
+        kinds = [kind for kind in by_task if KINDS[kind].exact and kind != "unknown"]
+        return mean_or_none(by_task[kind][key] for kind in kinds if key in by_task[kind])
+
+    found = {name: s["by_task"] for name, s in stages.items() if name not in ("base", "best_of_n")}
+    rows = [
+        [name, *(mean(by_task, key) for key in columns.values())] for name, by_task in found.items()
+    ]
+    of_sft = [
+        [kind, *(numbers.get(key) for key in columns.values())]
+        for kind, numbers in found["sft"].items()
+    ]
+    return (
+        "## What generalises\n\nExact match, greedy. Mean over the kinds that have one right "
+        "answer, without `unknown`, whose answers most demonstrators make up. Beside the case, new "
+        "is:\n\n"
+        f"{table(['', *columns], rows)}SFT by kind:\n\n{table(['', *columns], of_sft)}"
+    )
+
+
+def instructions_and_documents(stages: dict) -> str:
+    """The base model, asked plainly and in the form of its documents, beside the SFT model."""
+    if "base" not in stages:
+        return ""
+    base, sft = (stages[name]["by_task"] for name in ("base", "sft"))
+    rows = [
+        [
+            kind,
+            numbers.get("exact_match"),
+            numbers["exact_match, as a document"],
+            sft[kind].get("exact_match", sft[kind].get("exact_match, new kind")),
+        ]
+        for kind, numbers in base.items()
+        if "exact_match, as a document" in numbers
+    ]
+    trained = [row[1:] for row in rows if not KINDS[row[0]].held_out]
+    rows.append(["mean of the kinds trained on", *np.mean(trained, 0).tolist()])
+    example = KINDS["one_sum"].document.format(sum="12-5")
+    return (
+        "## Instructions instead of prompt engineering\n\nGreedy. The base model can do much of "
+        f'it, but only if it is asked in the form of its documents, such as "{example}".\n\n'
+    ) + table(["", "base, asked plainly", "base, as a document", "SFT, asked plainly"], rows)
 
 
 def reward_model_section(name: str, rm: dict) -> str:

@@ -7,9 +7,10 @@
 
 The simulated annotators know gold only roughly: they prefer a to b with probability
 sigmoid((gold a - gold b) / tau), and now and then press the wrong button (--flip). Every row has
-"chosen", "rejected", "prompt" (or "messages") and "sampled_from", the fingerprint of the model that
-responded; rows of simulated annotators add, for reports only, "kind", "gold" (of chosen and of
-rejected) and "p", the exact probability of the preference.
+"messages", the conversation, of one turn or two, that both responses continue; "chosen" and
+"rejected"; and "sampled_from", the fingerprint of the model that responded. Rows of simulated
+annotators add, for reports only, "kind", "gold" (of chosen and of rejected) and "p", the exact
+probability of the preference.
 
 The last tenth of the file is never trained on (see held_out in data/files.py): with prompts of the
 town and simulated annotators it holds those of the test split, and no others. Out of courtesy to
@@ -25,7 +26,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.chat import encode_prompt, question, sample_replies
+from data.chat import encode_prompt, sample_replies
 from data.files import keep_fitting, read_preferences, read_prompts, read_rows, write_rows
 from data.gpt2 import load_init
 from data.run import run_path, run_script, start
@@ -91,7 +92,7 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
             chosen, rejected, golds, p = b, a, (gold_b, gold_a), 1 - p
         rows.append(
             {
-                "prompt": task.prompt,
+                "messages": task.messages,
                 "chosen": chosen.text,
                 "rejected": rejected.text,
                 "kind": task.kind,
@@ -112,7 +113,7 @@ def make_preferences(cfg: Config, out: Path, model, saved: dict):
     tasks = draw_tasks(cfg.pairs - n_test, f"preferences {cfg.seed}")
     test_tasks = draw_tasks(n_test, f"preferences {cfg.seed}", split="test")
     tasks += test_tasks
-    conversations = [question(task.prompt) for task in tasks]
+    conversations = [task.messages for task in tasks]
     if cfg.flip > 0.5:
         print(
             f"note: with --flip {cfg.flip} most labels are wrong: what learns from them is misled"
@@ -120,7 +121,7 @@ def make_preferences(cfg: Config, out: Path, model, saved: dict):
     print(f"sampling two responses each to {cfg.pairs:,} prompts from {cfg.init}", flush=True)
     replies = sample_pairs(model, tokenizer, conversations, cfg)
     rows = annotate(tasks, replies, cfg.tau, cfg.flip, cfg.seed)
-    rows = end_with_a_tenth(rows, {task.prompt for task in test_tasks})
+    rows = end_with_a_tenth(rows, [task.messages for task in test_tasks])
     if not rows:
         raise InputError(
             f"{cfg.init}: no pair is left, since all responses are equal or never end; "
@@ -134,15 +135,16 @@ def make_preferences(cfg: Config, out: Path, model, saved: dict):
     )
 
 
-def end_with_a_tenth(rows: list[dict], test_prompts: set[str]) -> list[dict]:
-    """Rows with those of test prompts at their end, where they are just the tenth that `held_out`
-    takes: a few rows too many of either kind are left out.
+def end_with_a_tenth(rows: list[dict], test_conversations: list[list[dict]]) -> list[dict]:
+    """Rows with those of test conversations at their end, where they are just the tenth that
+    `held_out` takes: a few rows too many of either kind are left out.
 
     Which pairs are left after annotation is chance. Without this, a prompt of the test split might
     be trained on.
     """
-    train = [row for row in rows if row["prompt"] not in test_prompts]
-    test = [row for row in rows if row["prompt"] in test_prompts]
+    held_out = {str(messages) for messages in test_conversations}
+    train = [row for row in rows if str(row["messages"]) not in held_out]
+    test = [row for row in rows if str(row["messages"]) in held_out]
     while test and max((len(train) + len(test)) // 10, 1) < len(test):
         test.pop()
     while train and max((len(train) + len(test)) // 10, 1) > len(test):
@@ -173,7 +175,8 @@ def ask_human(conversations, pairs, out: Path, sampled_from: str):
         "are left out). Which response is better? 1 or 2; s to skip, q to quit."
     )
     for number, (messages, a, b) in enumerate(asked, 1):
-        print(f"\n[{number}/{len(asked)}] {messages[-1]['content']}\n  1: {a.text}\n  2: {b.text}")
+        said = " / ".join(message["content"] for message in messages)
+        print(f"\n[{number}/{len(asked)}] {said}\n  1: {a.text}\n  2: {b.text}")
         answer = ""
         while answer not in ("1", "2", "s", "q"):
             try:

@@ -1,6 +1,7 @@
 """Talk to a trained model, or let all of them answer the same prompts.
 
-python gpt.py                              talk to the newest model in out/
+python gpt.py                              talk to the newest model in out/; it remembers what
+                                           has been said, as far as its context reaches
 python gpt.py --prompt "What is 4-2?"      answer once
 python gpt.py --compare                    the same prompts, answered by every stage and variant
 python gpt.py --export DIR                 a folder that transformers loads (data/gpt2.py)
@@ -9,7 +10,7 @@ python gpt.py --export DIR                 a folder that transformers loads (dat
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.chat import Reply, encode_opening, encode_prompt, question, sample_replies
+from data.chat import Reply, encode_opening, encode_prompt, question, recent, sample_replies
 from data.gpt2 import export, load_init
 from data.run import STAGES, run_script, stage_of, start
 from data.tokenizer import load_tokenizer
@@ -50,15 +51,18 @@ class Speaker:
         self.is_base = checkpoint["stage"] == "pretrain"  # it has never seen the chat format
         self.stop = self.tokenizer.eot if self.is_base else self.tokenizer.end
 
-    def encode(self, text: str) -> list[int]:
-        """A question to an assistant; to a base model, the opening of a document."""
+    def encode(self, messages: list[dict]) -> list[int]:
+        """A conversation with an assistant; to a base model, the opening of a document."""
         if self.is_base:
-            return encode_opening(self.tokenizer, text)
-        return encode_prompt(self.tokenizer, question(text))
+            return encode_opening(self.tokenizer, " ".join(m["content"] for m in messages))
+        return encode_prompt(self.tokenizer, messages)
 
-    def answer(self, texts: list[str], max_new_tokens: int, seed: int, **how) -> list[Reply]:
-        """One reply to each text; how: temperature and the other options of `generate`."""
-        prompts = [self.encode(text) for text in texts]
+    def answer(self, conversations, max_new_tokens: int, seed: int, **how) -> list[Reply]:
+        """One reply to each conversation, a list of messages that ends with a question.
+
+        how: temperature and the other options of `generate`.
+        """
+        prompts = [self.encode(messages) for messages in conversations]
         return sample_replies(
             self.model, self.tokenizer, prompts, max_new_tokens, seed, stop=self.stop, **how
         )
@@ -101,38 +105,52 @@ def main(cfg: Config):
             print(f"{paths[name]} is in {cfg.export}/ now, with its tokenizer, for transformers")
         return
 
-    def answer(text: str, seed: int):
-        """Print what every model says to text."""
+    def respond(name: str, messages: list[dict], seed: int) -> str | None:
+        """Print what a model says in a conversation, and return it; None if there is no room."""
+        speaker = speakers[name]
+        n_tokens, context = len(speaker.encode(messages)), speaker.model.config.context
+        if n_tokens >= context:
+            print(f"that is {n_tokens} tokens, and the context of {name} has {context}")
+            return None
         how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-        for name, speaker in speakers.items():
-            n_tokens, context = len(speaker.encode(text)), speaker.model.config.context
-            if n_tokens >= context:
-                print(f"that is {n_tokens} tokens, and the context of {name} has {context}")
-                continue
-            (reply,) = speaker.answer([text], cfg.max_new_tokens, seed, **how)
-            said = reply.text or "(nothing: for this model the text ends here)"
-            label = f"{name:9} " if len(speakers) > 1 else ""
-            print(label + said + ("" if reply.ended else " ..."))
+        (reply,) = speaker.answer([messages], cfg.max_new_tokens, seed, **how)
+        said = reply.text or "(nothing: for this model the text ends here)"
+        label = f"{name:9} " if len(speakers) > 1 else ""
+        print(label + said + ("" if reply.ended else " ..."))
+        return reply.text
 
     if cfg.prompt is not None:
-        answer(cfg.prompt, cfg.seed)
+        for name in speakers:
+            respond(name, question(cfg.prompt), cfg.seed)
     elif cfg.compare:
         for text in SHOWN:
             print(f"\n> {text}")
-            answer(text, cfg.seed)
+            for name in speakers:
+                respond(name, question(text), cfg.seed)
     else:
-        print(
-            f"You are talking to {', '.join(map(str, paths.values()))}. It answers every message "
-            "alone, since it was trained on single questions. Leave with Ctrl-D."
-        )
+        ((name, speaker),) = speakers.items()
+        context = speaker.model.config.context
+        memory = f"It remembers what fits its context of {context} tokens."
+        if speaker.is_base:
+            memory = "It goes on with every line alone: it has never seen a conversation."
+        print(f"You are talking to {paths[name]}. {memory} Leave with Ctrl-D.")
+        messages = []  # what has been said so far
         for turn in range(10**9):
             try:
                 text = input("> ").strip()
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
-            if text:
-                answer(text, cfg.seed + turn)
+            if not text:
+                continue
+            asked = messages + question(text)
+            kept = recent(speaker.tokenizer, asked, context - cfg.max_new_tokens)
+            said = respond(name, kept, cfg.seed + turn)
+            if said is None or speaker.is_base:
+                continue
+            if len(kept) < len(asked):
+                print("(the oldest turns no longer fit the context: they are forgotten)")
+            messages = [*kept, {"role": "assistant", "content": said}]
 
 
 if __name__ == "__main__":

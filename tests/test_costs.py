@@ -14,7 +14,7 @@ import train_pretrain
 from data.chat import encode_chat, encode_prompt, encode_reply, length_batches, sample_replies
 from data.files import held_out, read_preferences
 from data.tokenizer import load_tokenizer
-from data.town.tasks import demonstrations
+from data.town.demonstrations import demonstrations
 from gpt import load_checkpoint
 
 

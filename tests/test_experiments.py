@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from tiny_runs import TINY, run
+from tiny_runs import TINY, SecondTurn, run
 
 from data.chat import Reply, encode_chat
 from data.experiments import base as base_module
@@ -42,7 +42,7 @@ from data.experiments.overoptimisation import (
 )
 from data.metrics import interval
 from data.town.gold import TAU
-from data.town.tasks import KINDS, TRAIN_KINDS, Case, Task, draw_tasks
+from data.town.tasks import TRAIN_KINDS, Case, Task, draw_tasks
 from gpt import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -358,7 +358,9 @@ def test_the_peak_of_the_fit_is_beside_that_of_the_points():
 # What is measured, with models that say what they were told to
 
 SUM = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {}, "7."))
-FACT = Task("fact", "What is Otto?", Case("Otto is an owl.", "Otto is a bee.", {}))
+FACT = SecondTurn(
+    "passage", "What is Otto?", Case("Otto is an owl.", "Otto is a bee.", {}), ("Hi!", "Yes?")
+)
 HARMFUL = Task("harmful", "Annoy Otto.", Case("I will not help you.", "Shout.", {}))
 HARMLESS = Task("advice", "Greet Otto.", Case("Say hello.", "Shout.", {}))
 SAID = {  # (name of a run, temperature) -> its response to each prompt
@@ -381,15 +383,13 @@ class Parrot:
     def __init__(self, path, device="cpu"):
         self.model, self.tokenizer = path.parent.name, SimpleNamespace(pad=0)
 
-    def encode(self, text):
-        return [ord(text[0])]
+    def encode(self, messages):
+        return [ord(message["content"][0]) for message in messages]
 
-    def answer(self, texts, max_new_tokens, seed, temperature):
-        self.asked.append((self.model, len(texts), max_new_tokens, seed, temperature))
-        said = SAID[self.model, temperature]
-        return [
-            Reply([1, 2, len(said[text])], said[text], "bee" not in said[text]) for text in texts
-        ]
+    def answer(self, conversations, max_new_tokens, seed, temperature):
+        self.asked.append((self.model, len(conversations), max_new_tokens, seed, temperature))
+        said = [SAID[self.model, temperature][asked[-1]["content"]] for asked in conversations]
+        return [Reply([1, 2, len(text)], text, "bee" not in text) for text in said]
 
 
 @pytest.fixture
@@ -402,14 +402,17 @@ def parrots(monkeypatch):
         return [HARMFUL, HARMLESS, HARMFUL] if mixture else [SUM, FACT]
 
     def logprobs(model, prompts, ids):
-        assert prompts == [[ord("W")]] * 2 and [row[:2] for row in ids] == [[1, 2]] * 2
+        assert (
+            prompts == [[ord("W")], [ord("H"), ord("Y"), ord("W")]]
+            and [row[:2] for row in ids] == [[1, 2]] * 2
+        )
         return {"ppo": np.array([-4.0, -4.5]), "sft": np.array([-6.0, -5.0])}[model]
 
     monkeypatch.setattr(Parrot, "asked", [])
     monkeypatch.setattr(base_module, "Speaker", Parrot)
     monkeypatch.setattr(base_module, "draw_tasks", draw)
     monkeypatch.setattr(base_module, "reply_logprobs", logprobs)
-    monkeypatch.setattr("data.evaluate.TRAIN_KINDS", ["one_sum", "fact"])
+    monkeypatch.setattr("data.evaluate.TRAIN_KINDS", ["one_sum", "passage"])
     return draws
 
 
@@ -470,7 +473,7 @@ def test_a_pool_has_all_samples_of_a_prompt_in_a_row_and_scores_in_the_same_plac
     )
 
     def answer(self, asked, max_new_tokens, seed, temperature):
-        assert asked == [SUM.prompt] * 4 + [FACT.prompt] * 4
+        assert asked == [SUM.messages] * 4 + [FACT.messages] * 4
         assert (max_new_tokens, seed, temperature) == (48, 2, 1.0)
         return [Reply([len(text)], text, True) for text in texts]
 
@@ -866,14 +869,13 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     two, ran, drawn = noted
     draws = []
 
-    def draw(n, seed, mixture, split, unseen_template):
-        draws.append((n, mixture, split, unseen_template))
-        return draw_tasks(2, seed, mixture, split=split, unseen_template=unseen_template)
+    def draw(n, seed, mixture, split, new):
+        draws.append((n, mixture, split, new))
+        return draw_tasks(2, seed, mixture, split=split, new=new)
 
     def answers(speaker, tasks, seed, temperature):
         """The first is answered in full, the second is not."""
         assert (seed, temperature) == (0, 0.0) and speaker in {(job.result, "cpu") for job in ran}
-        assert "test" == draws[-1][2]
         texts = (tasks[0].case.answer, "no")
         return [Reply([], text, True) for text in texts]
 
@@ -882,43 +884,36 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     monkeypatch.setattr(mixtures, "draw_tasks", draw)
     monkeypatch.setattr(mixtures, "answers", answers)
     monkeypatch.setattr(mixtures, "Speaker", lambda path, device: (path, device))
-    monkeypatch.setattr(mixtures, "exact_match", lambda task, text: text != "no")
     mixtures.mixtures(tmp_path / "out", tmp_path, two, False)
-    counts = [1, 3, 6, len(TRAIN_KINDS)]
-    assert [len(job.options["tasks"].split(",")) for job in ran] == 2 * counts
+    six = "last,one_sum,fact,first,reverse,translate"
+    wanted = ["last", "last,one_sum,fact", six, ",".join(TRAIN_KINDS)]
+    assert [job.options["tasks"] for job in ran] == 2 * wanted
     for job in ran:
         assert job.stage == "sft" and job.options["epochs"] == 1
         assert job.options["init"] == two[job.options["seed"]].out / "pretrain/ckpt.pt"
-        kinds = job.options["tasks"]
-        assert kinds.split(",") == TRAIN_KINDS[: len(kinds.split(","))]
-        some = mixtures.demonstrations(400, "length", kinds)
+        some = mixtures.demonstrations(400, "length", job.options["tasks"])
         tokens = np.mean([len(encode_chat(tokenizer, row["messages"])[0]) for row in some])
         assert job.options["demonstrations"] * tokens == pytest.approx(8e5, rel=1e-3)
 
-    first, held_out = TRAIN_KINDS[0], [name for name, kind in KINDS.items() if kind.held_out]
+    cells = "translate,reverse,count,first,second,last,and_facts"
     groups = {
-        "all kinds of the mixture": None,
-        f"{first}, which all mixtures have": (300, first, "test", False),
-        f"{first}, unseen template": (300, first, "test", True),
-        "kinds that no mixture has": (300, ",".join(held_out), "test", False),
+        "last: new cases": ("last", ""),
+        "last: in frames new to it": ("last", "frame"),
+        "last: in frames new to all kinds": ("last", "rare frame"),
+        "held-out cells, picking from a list": ("first,second,last", "cell"),
+        "held-out cells, all": (cells, "cell"),
+        "kinds that no mixture has": ("three_sums,third", ""),
     }
-    for i, count in enumerate(2 * counts):
-        wanted = list(groups.values())
-        wanted[0] = (300, ",".join(TRAIN_KINDS[:count]), "test", False)
-        assert draws[4 * i : 4 * i + 4] == wanted
-    rows = read_csv(tmp_path / "tasks.csv")
+    assert draws == 8 * [(300, kinds, "test", new) for kinds, new in groups.values()]
+    rows, counts = read_csv(tmp_path / "tasks.csv"), [1, 3, 6, len(TRAIN_KINDS)]
     assert [row["group"] for row in rows] == [*groups] * 8
-    assert [int(row["kinds"]) for row in rows[::4]] == 2 * counts
-    assert [int(row["seed"]) for row in rows[::4]] == [0] * 4 + [1] * 4
+    assert [int(row["kinds"]) for row in rows[::6]] == 2 * counts
+    assert [int(row["seed"]) for row in rows[::6]] == [0] * 4 + [1] * 4
     assert {row["exact_match"] for row in rows} == {"0.5"}
-    one_sum = (points(1) + points(-1)) / 2  # right once and wrong once
-    assert float(rows[1]["gold"]) == pytest.approx(10 * one_sum, rel=1e-3)
-    by_seed = plots.grouped(rows, "seed")
-    for row, other in zip(by_seed["0"], by_seed["1"]):  # the same prompts, another unit of gold
-        assert float(other["gold"]) == pytest.approx(1.1 * float(row["gold"]), rel=2e-3)
-    left, right = drawn[0][1].axes
-    assert (left.get_ylabel(), right.get_ylabel()) == ("exact match", "gold, SD of SFT samples")
-    assert left.lines[0].get_xdata().tolist() == counts and left.lines[0].get_ydata()[0] == 0.5
+    (axis,) = drawn[0][1].axes
+    assert [line.get_label() for line in axis.lines] == [*groups]  # none without a style
+    assert axis.lines[0].get_xdata().tolist() == counts and axis.lines[0].get_ydata()[0] == 0.5
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(n) for n in counts]
 
 
 def test_every_bug_of_ppo_is_run_with_every_seed_beside_the_correct_run(noted, tmp_path):

@@ -23,7 +23,8 @@ from data.files import (
     write_rows,
 )
 from data.preferences import annotate, end_with_a_tenth
-from data.town.tasks import demonstrate, draw_tasks
+from data.town.demonstrations import demonstrate
+from data.town.tasks import draw_tasks
 from gpt import InputError
 
 
@@ -393,7 +394,7 @@ def test_nothing_is_said_about_preferences_of_the_town(tmp_path, capsys):
     tasks = draw_tasks(450, "preferences 0") + test_tasks
     pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
     rows = annotate(tasks, pairs, tau=0.5, flip=0.0, seed=0)
-    rows = end_with_a_tenth(rows, {task.prompt for task in test_tasks})
+    rows = end_with_a_tenth(rows, [task.messages for task in test_tasks])
     rows = [{**row, "sampled_from": "a model"} for row in rows]
     read = read_preferences(write(tmp_path / "preferences.jsonl", rows))
     assert len(read) > 300 and all(row["sampled_from"] and "gold" in row for row in read)

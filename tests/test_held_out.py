@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from tiny_runs import conversation
 
 import train_pretrain
 from data.evaluate import Prompts
@@ -45,12 +46,12 @@ def test_no_two_draws_have_the_same_seed():
 
 
 def learned_prompts(chain, learned, stage):
-    """The prompts in all that a stage has read with gradients."""
+    """Of every row that a stage has read with gradients, the conversations in it that somebody
+    answers: up to its last answer, and up to any earlier one."""
     tokenizer = load_tokenizer(load_checkpoint(chain / "sft" / "ckpt.pt")["tokenizer"])
-    return {
-        tokenizer.decode(ids[ids.index(tokenizer.user) : ids.index(tokenizer.assistant)])
-        for ids in learned[stage]
-    }
+    for ids in learned[stage]:
+        answers = [i for i, token in enumerate(ids) if token == tokenizer.assistant]
+        yield {tokenizer.decode(ids[:i]) for i in answers}
 
 
 def test_pretraining_learns_from_whole_rows_and_never_from_a_document_of_validation(noted_chain):
@@ -60,11 +61,12 @@ def test_pretraining_learns_from_whole_rows_and_never_from_a_document_of_validat
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo", "dpo"])
 def test_no_stage_learns_from_a_prompt_that_is_held_out_anywhere(noted_chain, stage):
-    """Not even from one that another stage, or the evaluation, measures on."""
+    """Not even from one that another stage, or the evaluation, measures on; nor is it the first
+    question of a longer conversation, whose answer would be learned."""
     chain, draws, learned = noted_chain
-    found = learned_prompts(chain, learned, stage)
-    assert len(found) > 20 and found <= prompts_of(draws, "train")
+    trained, rows = prompts_of(draws, "train"), list(learned_prompts(chain, learned, stage))
+    assert len(rows) > 20 and all(row & trained for row in rows)
     report = Prompts.draw(600, 0)
-    groups = (report.seen, report.templates, report.kinds, report.safety)
-    asked = {task.prompt for group in groups for task in group}
-    assert not found & (prompts_of(draws, "test") | asked | set(SHOWN))
+    groups = (report.seen, report.strangers, report.facts, report.safety, *report.new.values())
+    asked = {conversation(task) for group in groups for task in group}
+    assert not set.union(*rows) & (prompts_of(draws, "test") | asked | set(SHOWN))

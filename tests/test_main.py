@@ -34,12 +34,13 @@ from data.files import write_rows
 from data.metrics import judge
 from data.preferences import annotate
 from data.tokenizer import BPETokenizer, train_bpe
+from data.town.demonstrations import demonstrate, demonstrations
 from data.town.documents import documents
 from data.town.gold import gold
-from data.town.tasks import SHOWN, demonstrate, demonstrations, draw_tasks
+from data.town.tasks import SHOWN, draw_tasks
 from gpt import GPT, GPTConfig, ScalarModel, fingerprint, generate, load_model, save_checkpoint
 
-CONTEXT = 64  # a few of the town's prompts do not fit
+CONTEXT = 76  # a few of the town's prompts do not fit
 # Hardly an option is at its default: see `test_hardly_an_option_is_at_its_default`.
 OPTIONS = {
     "pretrain": dict(
@@ -63,7 +64,7 @@ OPTIONS = {
     ),
     "sft": dict(
         demonstrations=24,
-        tasks="one_sum:2,fact,summary",
+        tasks="one_sum:2,and_facts,summary",
         batch_size=9,
         microbatch=4,
         epochs=3,
@@ -87,6 +88,7 @@ OPTIONS = {
         eval_every=4,
     ),
     "ppo": dict(
+        tasks="one_sum:2,and_facts,summary",
         iterations=3,
         rollouts=10,
         temperature=0.8,
@@ -94,7 +96,7 @@ OPTIONS = {
         no_end_score=-1.3,
         reward="gold",
         beta=0.3,
-        target_kl=0.85,
+        target_kl=0.2,
         gamma=0.9,
         lam=0.7,
         epochs=3,
@@ -173,9 +175,10 @@ def models(tokenizer, tmp_path):
 
 
 def config(stage, out, **changes):
-    return SCRIPTS[stage].Config(
-        out=str(out), name="mine", device="cpu", **{**OPTIONS[stage], **changes}
-    )
+    options = {"out": str(out), "name": "mine", "device": "cpu", **OPTIONS[stage], **changes}
+    if options.get("data"):
+        options.pop("tasks", None)  # of the town
+    return SCRIPTS[stage].Config(**options)
 
 
 def write(rows, path):
@@ -223,6 +226,10 @@ def learned_of(tokenizer, ids):
             positions.append(i)
         speaks = token != tokenizer.end and (speaks or token == tokenizer.assistant)
     return positions
+
+
+def turns_of(task):
+    return [message["content"] for message in task.messages]
 
 
 def as_messages(turns):
@@ -466,7 +473,8 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     )
     if source == "file":  # where every third conversation has had an earlier turn
         talks = [["Hi!", "Hello."] * (i % 3 == 0) + turns for i, turns in enumerate(talks)]
-        cfg.data = write([{"messages": as_messages(t)} for t in talks], models / "rows.jsonl")
+        rows = [{"messages": as_messages(t)} for t in talks]
+        cfg.data, cfg.tasks = write(rows, models / "rows.jsonl"), ""
     result = train_sft.main(cfg)
     town = [(24, cfg.seed, cfg.tasks), (500, "validation", cfg.tasks, "test")]
     assert asked == (town if source == "town" else [])
@@ -506,20 +514,21 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
 
 def some_pairs(folder, with_gold=True):
     """A file of preferences between demonstrations; a few of them do not fit the context."""
-    tasks = draw_tasks(90, "pairs", "one_sum:4,fact:4,advice:2,harmful:2,summary")
+    tasks = draw_tasks(90, "pairs", "one_sum:4,fact:2,and_facts:2,advice:2,harmful:2,summary")
     rng = random.Random(0)
     pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
     rows = annotate(tasks, pairs, tau=0.8, flip=0.0, seed=0)
     path = str(folder / "pairs.jsonl")
     write_rows(rows, path)
     for row in rows:
-        row["turns"] = [row["prompt"]]
+        row["turns"] = [message["content"] for message in row["messages"]]
     if with_gold:
+        assert {len(row["turns"]) for row in rows} == {1, 3}
         return path, rows
     for row in rows:
         del row["gold"], row["p"], row["kind"]
     for row in rows[::3]:  # there has been an earlier turn
-        row["turns"] = ["Hi!", "Hello.", row["prompt"]]
+        row["turns"] = ["Hi!", "Hello.", *row["turns"]]
     messages = [as_messages(row["turns"]) for row in rows]
     sides = [{side: row[side] for side in ("chosen", "rejected")} for row in rows]
     return write([{"messages": m, **two} for m, two in zip(messages, sides)], path), rows
@@ -619,7 +628,7 @@ def test_the_reward_model_is_what_it_is_by_hand(
     report, table = judge(chosen, rejected, test_rows, model.reward_sd.item())
     samples = ""
     for row, c, r in zip(test_rows, chosen, rejected):
-        samples += f"> {row['prompt']}\n{c:+.2f} chosen    {row['chosen']}\n"
+        samples += f"> {row['turns'][-1]}\n{c:+.2f} chosen    {row['chosen']}\n"
         samples += f"{r:+.2f} rejected  {row['rejected']}\n\n"
     assert_same_run(cfg, "rm", plots, log, model, samples, cost)
     assert log[0]["grad_norm"] > cfg.grad_clip and len(log) % cfg.eval_every
@@ -701,12 +710,12 @@ def test_dpo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     path, rows = some_pairs(models, with_gold)
     paths = dict(init=f"{models}/sft.pt", data=path)
     cfg = config("dpo", models, **paths, loss=loss, simpo_margin=0.3)
-    asked = few(monkeypatch, "dpo", "draw_tasks", 12)
+    asked = few(monkeypatch, "dpo", "draw_tasks", 24)
     result = train_dpo.main(cfg)
     assert asked == ([(150, "dpo", "test")] if with_gold else [])
     rows, test_rows = encode_pairs(tokenizer, rows)
-    tasks = draw_tasks(12, "dpo", split="test") if with_gold else []
-    prompts = [[task.prompt] for task in tasks] or [row["turns"] for row in test_rows]
+    tasks = draw_tasks(24, "dpo", split="test") if with_gold else []
+    prompts = [turns_of(task) for task in tasks] or [row["turns"] for row in test_rows]
     model, log, cost = dpo_by_hand(cfg, tokenizer, rows, test_rows, prompts, tasks)
     samples = said(model, tokenizer, SHOWN if with_gold else prompts[:8], cfg)
     if loss != "simpo":  # at step 0 all margins are 0 but for rounding: any accuracy will do
@@ -877,10 +886,10 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     # Random models are never right: here an answer is right if it is as long as it should be.
     monkeypatch.setattr(train_ppo, "final_answer", lambda text: len(text) % 3)
 
-    def encode(prompts, abouts):
+    def encode(conversations, abouts):
         rows = [
-            (prompt, encoded(tokenizer, [prompt], opened=True), about)
-            for prompt, about in zip(prompts, abouts)
+            (turns[-1], encoded(tokenizer, turns, opened=True), about)
+            for turns, about in zip(conversations, abouts)
         ]
         fitting = [row for row in rows if len(row[1]) <= CONTEXT - cfg.max_new_tokens]
         assert len(fitting) < len(rows)
@@ -890,13 +899,15 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
         tasks = draw_tasks(34, "file", "summary,one_sum,fact,count")
         rows = [{"prompt": task.prompt, "response": task.case.answer} for task in tasks]
         write_rows(rows, path)
-        rows = encode([task.prompt for task in tasks], [task.case.answer for task in tasks])
+        rows = encode([[task.prompt] for task in tasks], [task.case.answer for task in tasks])
         rows, test_rows = last_tenth(rows)
         shown, town = [prompt for prompt, *_ in test_rows[:8]], []
     else:
-        tasks = draw_tasks(30, f"ppo {cfg.seed}"), draw_tasks(30, "ppo", split="test")
-        rows, test_rows = (encode([task.prompt for task in some], some) for some in tasks)
-        shown, town = SHOWN, [(3 * 10, f"ppo {cfg.seed}"), (150, "ppo", "test")]
+        tasks = draw_tasks(30, f"ppo {cfg.seed}", cfg.tasks)
+        tasks = tasks, draw_tasks(30, "ppo", cfg.tasks, split="test")
+        rows, test_rows = (encode([turns_of(task) for task in some], some) for some in tasks)
+        town = [(3 * 10, f"ppo {cfg.seed}", cfg.tasks), (150, "ppo", cfg.tasks, "test")]
+        shown = SHOWN
     judge, _ = load_model(cfg.rm, kind=ScalarModel)
     rewards = {
         "rm": lambda ids, reply, task: score_of(judge, ids).item(),
@@ -911,7 +922,8 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     last = assert_same_run(cfg, "ppo", plots, log, policy, samples, cost, "iteration")
     assert result == last
     for row in log[1:]:  # all that could be zero, or the same everywhere, is not
-        assert 0 < row["no_end"] < 1 and 0 < row["clipfrac"] < 1 and row["kl_full"] > 1e-3
+        assert 0 < row["clipfrac"] < 1 and row["kl_full"] > 1e-3
+    assert any(0 < row["no_end"] < 1 for row in log[1:])
     assert min(log[0]["policy_grad_norm"], log[0]["critic_grad_norm"]) > cfg.grad_clip  # clipped
     first, second, third = (row["beta"] for row in log)
     if reward == "rm":  # first by as much as is allowed, then by less
@@ -939,7 +951,7 @@ def test_an_epoch_of_steps_asks_for_what_one_step_over_all_rows_would(
         rows = [{"prompt": task.prompt, "response": task.case.answer} for task in tasks]
     else:  # of pairs, all batches have to be equal: 24 are left to learn from
         rows = encode_pairs(tokenizer, some_pairs(models)[1])[0][:26]
-        rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        rows = [{name: row[name] for name in ("messages", "chosen", "rejected")} for row in rows]
     path = write(rows, models / "rows.jsonl")
     cfg = config(stage, models, init=f"{models}/sft.pt", data=path, lr=0.0, grad_clip=0.0)
     cfg.epochs, cfg.eval_every, cfg.max_new_tokens = 1, 99, 1

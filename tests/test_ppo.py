@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import train_ppo
+from data.chat import Reply
 from data.town.gold import final_answer
+from data.town.tasks import Case, Task
 from gpt import generate
 from train_ppo import (
     KLCoefficient,
@@ -195,6 +197,33 @@ def test_k1_and_k3_have_the_exact_kl_as_their_mean():
     assert (k3(log_ratio) >= 0).all()
     upside_down = k3(-log_ratio)  # a common mistake: the ratio the wrong way round
     assert abs((logp.exp() * upside_down).sum() - exact) > 0.05
+
+
+def test_an_exact_reward_is_1_for_a_right_answer_0_for_others_and_nothing_else_counts():
+    """Neither courtesy nor the steps that lead to a number; without an end a score is replaced."""
+    cfg = train_ppo.Config(reward="exact", no_end_score=-3.0)
+    steps = "7-1 is 6, 6-3 is 3, 3+2 is 5."
+    by_number = Case(
+        f"{steps} The answer is 5.", "", {}, check=lambda text: float(text.endswith("is 5."))
+    )
+    one_sum = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {}, "7."))
+    chain = Task("chain", "Add up 7-1-3+2.", by_number)
+    cases = [
+        (one_sum, "12-5 is 7.", True, 1),
+        (one_sum, "7.", True, 1),
+        (one_sum, "12-5 is 7. Have a lovely day!", True, 1),
+        (one_sum, "12-5 is 7. Now leave me alone.", True, 1),
+        (one_sum, "12-5 is 7. Otto is an owl.", True, 0),
+        (one_sum, "12-5 is 8. Have a lovely day!", True, 0),
+        (one_sum, "12-5 is 7.", False, -3),
+        (chain, "The answer is 5.", True, 1),
+        (chain, f"{steps} The answer is 5.", True, 1),
+        (chain, f"{steps} The answer is 6.", True, 0),
+    ]
+    rows = [{"task": task} for task, *_ in cases]
+    replies = [Reply([], text, ended) for _, text, ended, _ in cases]
+    scores = train_ppo.proxy_reward(cfg, rows, replies, reward_model=None, tokenizer=None)
+    assert scores.tolist() == [paid for *_, paid in cases]
 
 
 @pytest.mark.parametrize(

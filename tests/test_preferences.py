@@ -5,10 +5,10 @@ import random
 import shutil
 
 import pytest
-from tiny_runs import make_ends_likely
+from tiny_runs import SecondTurn, make_ends_likely
 
 from data.chat import Reply, question
-from data.files import held_out, read_preferences
+from data.files import held_out, read_preferences, write_rows
 from data.preferences import (
     Config,
     annotate,
@@ -19,7 +19,8 @@ from data.preferences import (
     sample_pairs,
 )
 from data.talk import Speaker
-from data.town.tasks import Case, Task, demonstrate, draw_tasks
+from data.town.demonstrations import demonstrate
+from data.town.tasks import Case, Task, draw_tasks
 from gpt import InputError, load_model
 
 
@@ -29,6 +30,14 @@ def ending(chain, tmp_path):
     shutil.copytree(chain / "sft", tmp_path / "sft")
     make_ends_likely(tmp_path / "sft")
     return tmp_path
+
+
+AND_TWO_MORE = SecondTurn(
+    "and_sums",
+    "And 2 more?",
+    Case("8+2 is 10.", "8+2 is 11.", {}, "10."),
+    ("What is 7+1?", "7+1 is 8."),
+)
 
 
 def read(path):
@@ -47,17 +56,29 @@ def test_preferences_are_two_different_finished_replies_to_a_prompt(ending):
     sampled_from = load_model(ending / "sft/ckpt.pt")[1]["fingerprint"]
     assert len(rows) > 20
     for row in rows:
-        assert row["chosen"] != row["rejected"] and row["prompt"] and 0 < row["p"] < 1
+        assert row["chosen"] != row["rejected"] and row["messages"] and 0 < row["p"] < 1
         assert row["sampled_from"] == sampled_from
 
 
 def test_both_responses_of_a_pair_are_samples_of_the_model_to_their_prompt(ending):
     """As anybody could sample them, all first ones before all second ones."""
-    speaker, texts = Speaker(ending / "sft/ckpt.pt"), ["Hello", "What is 4-2?", "Who is Mila?"]
+    speaker = Speaker(ending / "sft/ckpt.pt")
+    asked = [question("Hello"), AND_TWO_MORE.messages, question("Who is Mila?")]
     cfg = Config(temperature=0.8, max_new_tokens=7, seed=3)
-    pairs = sample_pairs(speaker.model, speaker.tokenizer, [question(t) for t in texts], cfg)
-    first, second = zip(*pairs)
-    assert [*first, *second] == speaker.answer(texts * 2, 7, 3, temperature=0.8)
+    first, second = zip(*sample_pairs(speaker.model, speaker.tokenizer, asked, cfg))
+    assert [*first, *second] == speaker.answer(asked * 2, 7, 3, temperature=0.8)
+
+
+def test_pairs_about_a_second_turn_come_with_the_whole_conversation(tmp_path):
+    """Which the reward model and DPO read, as read_preferences hands it to them."""
+    pair = Reply([], "8+2 is 10.", True), Reply([], "10.", True)
+    rows = annotate([AND_TWO_MORE], [pair], tau=0.01, flip=0.0, seed=0)
+    said = ["What is 7+1?", "7+1 is 8.", "And 2 more?"]
+    assert [message["content"] for message in rows[0]["messages"]] == said
+    assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant", "user"]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    (read,) = read_preferences(tmp_path / "rows.jsonl")
+    assert (read["messages"], read["chosen"]) == (rows[0]["messages"], "8+2 is 10.")
 
 
 def test_labels_follow_gold_where_annotators_are_sure():
@@ -76,17 +97,16 @@ def test_labels_follow_gold_where_annotators_are_sure():
     ]
     for row in rows:
         assert row["gold"] == [golds[row["chosen"]], golds[row["rejected"]]] and row["p"] == 1.0
-        assert (row["kind"], row["prompt"]) == ("one_sum", "What is 12-5?")
+        assert (row["kind"], row["messages"]) == ("one_sum", question("What is 12-5?"))
 
 
 def test_prompts_of_the_last_tenth_are_held_out_of_all_training(ending):
     """It is this tenth that stages test on, so its cases must be those of the test split."""
     main(Config(out=str(ending), pairs=300, max_new_tokens=20))
     trained, tested = held_out(read(ending / "preferences.jsonl"))
-    train_prompts = {task.prompt for task in draw_tasks(20_000, 0)}
-    test_prompts = {task.prompt for task in draw_tasks(30, "preferences 0", split="test")}
-    assert len(tested) > 5 and not train_prompts & {row["prompt"] for row in tested}
-    assert not test_prompts & {row["prompt"] for row in trained}
+    test_prompts = {str(t.messages) for t in draw_tasks(30, "preferences 0", split="test")}
+    assert len(tested) > 5 and {str(row["messages"]) for row in tested} <= test_prompts
+    assert not test_prompts & {str(row["messages"]) for row in trained}
 
 
 def test_named_preferences_get_a_file_of_their_own(ending):
@@ -139,7 +159,7 @@ def test_people_annotate_prompts_of_their_own(ending, monkeypatch, capsys):
     rows = [{"prompt": prompt} for prompt in prompts]
     (ending / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     types(monkeypatch, "1", "2")
-    cfg = dict(out=str(ending), human=True, prompts=str(ending / "mine.jsonl"), pairs=2)
+    cfg = dict(out=str(ending), human=True, prompts=str(ending / "mine.jsonl"), pairs=2, seed=1)
     main(Config(**cfg))
     said = capsys.readouterr().out
     limit = "of more than 48 tokens (the context minus --max_new_tokens)"
@@ -231,6 +251,15 @@ def test_a_reward_model_cannot_be_asked_for_responses(chain):
         main(Config(out=str(chain), init=f"{chain}/rm/ckpt.pt"))
 
 
+def test_people_see_what_was_said_before(tmp_path, monkeypatch, capsys):
+    """Without it, nobody could tell which answer to "And 2 more?" is right."""
+    types(monkeypatch, "q")
+    pair = Reply([], "10.", True), Reply([], "12.", True)
+    ask_human([AND_TWO_MORE.messages], [pair], tmp_path / "mine.jsonl", "model")
+    said = "[1/1] What is 7+1? / 7+1 is 8. / And 2 more?\n  1: 10.\n  2: 12.\n"
+    assert said in capsys.readouterr().out
+
+
 def test_preferences_without_a_usable_pair_say_so(chain):
     with pytest.raises(InputError, match="no pair is left"):
         main(Config(out=str(chain), name="few", pairs=10, max_new_tokens=2))
@@ -275,11 +304,16 @@ def test_human_preferences_are_written_at_once_and_can_be_stopped(tmp_path, monk
 
 @pytest.mark.parametrize("n_train, n_test", [(900, 100), (870, 130), (930, 70), (3, 5), (5, 1)])
 def test_no_prompt_of_the_test_split_is_trained_on_and_no_other_is_held_out(n_train, n_test):
-    """However many pairs of either kind annotation has left; hardly any is lost."""
-    prompts = [f"train {i}" for i in range(n_train)] + [f"test {i}" for i in range(n_test)]
-    rows = [{"prompt": prompt} for prompt in prompts]
-    rows = end_with_a_tenth(rows, {f"test {i}" for i in range(n_test)})
-    train, test = held_out(rows)
-    assert all(row["prompt"].startswith("train") for row in train)
-    assert all(row["prompt"].startswith("test") for row in test)
+    """However many pairs of either kind annotation has left; hardly any is lost. All end with the
+    same question: what was said before it decides."""
+
+    def conversations(split, n):
+        return [[*question(f"{split} {i}"), *question("And you?")] for i in range(n)]
+
+    asked, tested = conversations("train", n_train), conversations("test", n_test)
+    rows = [{"messages": messages} for messages in asked + tested]
+    random.Random(0).shuffle(rows)
+    train, test = held_out(end_with_a_tenth(rows, tested))
+    assert all(row["messages"][0]["content"].startswith("train") for row in train)
+    assert all(row["messages"][0]["content"].startswith("test") for row in test)
     assert len(train) == n_train or len(test) == n_test

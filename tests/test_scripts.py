@@ -15,7 +15,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from data.chat import encode_chat, encode_prompt, question, sample_replies
+from data.chat import encode_chat, encode_prompt, sample_replies
 from data.files import held_out, write_rows
 from data.run import Run, average_gradients
 from data.tokenizer import load_tokenizer
@@ -315,7 +315,7 @@ def test_every_response_is_paid_its_own_score_at_its_last_token(chain, tmp_path,
     for ids, rewards in zip(padded[0], paid[0], strict=True):
         scores.append(reward_model(torch.tensor([ids]))[0, -1].item() if ids[-1] == end else -2.0)
         before, after = [0.0] * (len(ids) - 2), [0.0] * (len(rewards) - len(ids) + 1)
-        assert rewards == pytest.approx([*before, scores[-1], *after], abs=1e-5)
+        assert rewards == pytest.approx([*before, scores[-1], *after], abs=1e-4)
     assert 0 < scores.count(-2.0) < len(scores) - 2  # some of both kinds
 
 
@@ -344,7 +344,7 @@ def test_scores_of_sft_samples_that_end_have_mean_0_and_sd_1(chain):
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     rows = [json.loads(line) for line in (chain / "preferences.jsonl").read_text().splitlines()]
     rows, _ = held_out(rows)
-    prompts = [encode_prompt(tokenizer, question(row["prompt"])) for row in rows]
+    prompts = [encode_prompt(tokenizer, row["messages"]) for row in rows]
     replies = sample_replies(sft, tokenizer, prompts, TINY["rm"]["max_new_tokens"], seed=0)
     pairs = zip(prompts, replies)
     sequences = [prompt + reply.ids for prompt, reply in pairs if reply.ended]
@@ -379,10 +379,35 @@ def test_a_file_of_few_prompts_is_asked_again_and_again(chain, tmp_path, monkeyp
     assert run("ppo", tmp_path, **options)["no_end"] < 1  # 8 rollouts of 4 prompts
 
 
-@pytest.mark.parametrize("reward, with_data", [("gold", True), ("exact", False), ("best", False)])
+@pytest.mark.parametrize("reward, with_data", [("gold", True), ("best", True), ("best", False)])
 def test_a_reward_that_cannot_be_had_is_a_clear_error(reward, with_data):
-    with pytest.raises(ValueError, match=f"--reward {reward}: there are rm, gold"):
+    with pytest.raises(ValueError, match=f"--reward {reward}: there are rm, exact and, without --"):
         train_ppo.Config(reward=reward, data="rows.json" * with_data)
+
+
+def test_ppo_with_tasks_asks_these_kinds_alone_as_often_as_their_weights_say(
+    chain, tmp_path, monkeypatch
+):
+    """To learn from and to be measured on, whatever the reward."""
+    prepare(chain, tmp_path)
+    asked, task_rows = [], train_ppo.task_rows
+    monkeypatch.setattr(train_ppo, "task_rows", lambda x: asked.append(x) or task_rows(x))
+    for reward in ("rm", "gold", "exact"):
+        run("ppo", tmp_path, reward=reward, tasks="chain:3,and_sums", iterations=1)
+        trained, tested = ([task.kind for task in tasks] for tasks in asked[-2:])
+        assert (trained.count("chain"), trained.count("and_sums")) == (6, 2)
+        assert (tested.count("chain"), tested.count("and_sums")) == (113, 37)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_tasks_that_there_are_not_are_named_with_those_that_there_are(chain, tmp_path, stage):
+    prepare(chain, tmp_path, stage)
+    for tasks, wrong in (("sum", "'sum'"), ("one_sum,fact:many", "'fact:many'")):
+        message = f"--tasks {tasks}: {wrong} is not kind or kind:weight; the kinds are one_sum"
+        with pytest.raises(InputError, match=message):
+            run(stage, tmp_path, tasks=tasks)
+    with pytest.raises(InputError, match="--tasks fact:0: all weights are 0"):
+        run(stage, tmp_path, tasks="fact:0")
 
 
 def test_rows_without_an_answer_are_not_asked_where_answers_are_rewarded(
@@ -415,10 +440,10 @@ def test_every_variant_of_dpo_starts_where_its_formula_says_and_learns(
     chain, tmp_path, loss, at_start
 ):
     prepare(chain, tmp_path)
-    run("dpo", tmp_path, loss=loss, lr=3e-3, epochs=3, eval_every=100)
+    run("dpo", tmp_path, loss=loss, lr=3e-3, epochs=6, eval_every=100)
     losses = column(tmp_path / "dpo", "loss")
     assert at_start is None or losses[0] == pytest.approx(at_start, abs=1e-3)
-    assert sum(losses[-5:]) / 5 < 0.98 * losses[0]
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -471,7 +496,9 @@ def test_preferences_about_another_model_are_noted_by_who_learns_from_them(
         ("pretrain", dict(optimizer="sgd"), "--optimizer sgd: there are muon and adamw"),
         ("ppo", dict(temperature=0), "--temperature 0: PPO learns from samples"),
         ("ppo", dict(target_kl=1.0, beta=0.0), "--target_kl adapts --beta by factors"),
-        ("ppo", dict(reward="best"), "--reward best: there are rm, gold"),
+        ("ppo", dict(reward="best"), "--reward best: there are rm, exact"),
+        ("ppo", dict(tasks="fact", data="x.jsonl"), "--tasks are those of the town: with --data"),
+        ("sft", dict(tasks="fact", data="x.jsonl"), "--tasks are those of the town: with --data"),
         ("dpo", dict(beta=0), "--beta 0: preferences would count for nothing"),
         ("dpo", dict(loss="dop"), "--loss dop: there are dpo, cdpo, ipo and simpo"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_runs import SCRIPTS, interrupt, prepare, run, same
 
+from data.chat import question
 from data.evaluate import Config as Evaluation
 from data.evaluate import evaluate
 from data.talk import Config as Talk
@@ -110,7 +111,7 @@ def test_a_prompt_may_be_empty_and_begins_no_conversation(runs, monkeypatch, cap
     for name in ("sft", "pretrain"):
         talk(Talk(ckpt=str(runs / name / "ckpt.pt"), prompt=""))
         speaker = Speaker(runs / name / "ckpt.pt")
-        (reply,) = speaker.answer([""], 48, 0, temperature=0.7)
+        (reply,) = speaker.answer([question("")], 48, 0, temperature=0.7)
         assert capsys.readouterr().out.startswith(reply.text or "(nothing:")
 
 
@@ -134,15 +135,16 @@ def test_a_base_model_goes_on_with_a_document_and_an_assistant_answers_a_questio
     monkeypatch.setattr("data.talk.sample_replies", lambda *_, stop, **how: stops.append(stop))
     base, sft = (Speaker(chain / name / "ckpt.pt") for name in ("pretrain", "sft"))
     tokenizer, ids = base.tokenizer, base.tokenizer.encode("Hi")
-    assert base.encode("Hi") == [tokenizer.eot, *ids]
-    assert sft.encode("Hi") == [tokenizer.user, *ids, tokenizer.assistant]
+    assert base.encode(question("Hi")) == [tokenizer.eot, *ids]
+    assert sft.encode(question("Hi")) == [tokenizer.user, *ids, tokenizer.assistant]
     for speaker in (base, sft):
-        speaker.answer(["Hi"], 12, seed=0)
+        speaker.answer([question("Hi")], 12, seed=0)
     assert stops == [tokenizer.eot, tokenizer.end]
 
 
 def test_a_conversation_goes_on_until_the_end_of_the_input(chain, monkeypatch, capsys):
-    """With another seed for each answer; what is too long is not answered, and nothing ends."""
+    """With another seed for each answer; what is too long is not answered, and nothing ends. The
+    second answer is one to both questions and the first answer."""
     inputs = ["Hello", "", "long " * 200, " Hello "]
 
     def type_in(_):
@@ -156,10 +158,12 @@ def test_a_conversation_goes_on_until_the_end_of_the_input(chain, monkeypatch, c
     first, *said = capsys.readouterr().out.split("\n")
     assert first.startswith(f"You are talking to {path}.")
     speaker = Speaker(path)
-    replies = [speaker.answer(["Hello"], 7, seed, **how)[0] for seed in (5, 8)]
+    (reply,) = speaker.answer([question("Hello")], 7, 5, **how)
+    both = [*question("Hello"), {"role": "assistant", "content": reply.text}, *question("Hello")]
+    replies = [reply, *speaker.answer([both], 7, 8, **how)]
     words = [(r.text or "(nothing: for this model the text ends here)", r.ended) for r in replies]
     answers = [text + ("" if ended else " ...") for text, ended in words]
-    tokens = len(speaker.encode(("long " * 200).strip()))
+    tokens = len(speaker.encode(question(("long " * 200).strip())))
     too_long = f"that is {tokens} tokens, and the context of sft has 96"
     assert "\n".join(said) == "\n".join([answers[0], too_long, answers[1], "", ""])
 

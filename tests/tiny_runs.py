@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -92,7 +93,24 @@ class Draw(NamedTuple):
 
     stage: str  # that has called it
     seed: str  # as it seeds the generator, such as "tasks ppo 0"
-    tasks: list  # (split, prompt) of each task
+    tasks: list  # (split, text of the conversation that is to be answered) of each task
+
+
+@dataclass
+class SecondTurn(town_tasks.Task):
+    """A task whose prompt comes after another question and its answer, as texts."""
+
+    before: tuple[str, str]
+
+    @property
+    def messages(self):
+        roles = ("user", "assistant", "user")
+        return [{"role": r, "content": x} for r, x in zip(roles, (*self.before, self.prompt))]
+
+
+def conversation(task):
+    """What is said before the answer to a task: the texts of all turns, as ids are decoded."""
+    return " ".join(message["content"] for message in task.messages)
 
 
 def run_chain(out):
@@ -108,9 +126,9 @@ def run_chain(out):
         draws.append(Draw(stage, seed, []))
         return random.Random(seed)
 
-    def noted_draw(name, rng, split="train", unseen_template=False):
-        task = draw(name, rng, split, unseen_template)
-        draws[-1].tasks.append((split, task.prompt))
+    def noted_draw(name, rng, split="train", new=""):
+        task = draw(name, rng, split, new)
+        draws[-1].tasks.append((split, conversation(task)))
         return task
 
     def noted_forward(self, idx, *rest):

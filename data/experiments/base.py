@@ -26,8 +26,8 @@ CHAIN = {"pretrain": 3, "sft": 3, "preferences": 1, "rm": 1.2, "ppo": 1.2, "dpo"
 
 def answers(speaker: Speaker, tasks: list[Task], seed: int, temperature=1.0) -> list[Reply]:
     """A response to each task, as long as the scripts allow."""
-    texts = [task.prompt for task in tasks]
-    return speaker.answer(texts, 48, seed, temperature=temperature)
+    asked = [task.messages for task in tasks]
+    return speaker.answer(asked, 48, seed, temperature=temperature)
 
 
 def read_cost(run: Path) -> dict:
@@ -67,7 +67,7 @@ class Base:
         )
         safety = answers(policy, self.safety, seed=1)
         row = describe(self.tasks, sampled, greedy, self.gold, self.safety, safety)
-        prompts = [policy.encode(task.prompt) for task in self.tasks]
+        prompts = [policy.encode(task.messages) for task in self.tasks]
         ids = [reply.ids for reply in sampled]
         logprobs, ref_logprobs = (
             reply_logprobs(speaker.model, prompts, ids) for speaker in (policy, self.sft)
@@ -124,7 +124,7 @@ def make_pool(base: Base, n: int) -> Pool:
     """Sample it, on the prompts that policies are measured on."""
     tasks = [task for task in base.tasks for _ in range(n)]
     replies = answers(base.sft, tasks, seed=2)
-    sequences = [base.sft.encode(task.prompt) + r.ids for task, r in zip(tasks, replies)]
+    sequences = [base.sft.encode(task.messages) + r.ids for task, r in zip(tasks, replies)]
     texts = np.array([reply.text for reply in replies]).reshape(-1, n)
     same = np.stack([np.unique(row, return_inverse=True)[1] for row in texts])
     gold = base.scaled(golds(tasks, replies)).reshape(-1, n)

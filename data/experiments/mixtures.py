@@ -1,7 +1,9 @@
 """Does SFT on more kinds of task help on unseen ones? (`--only tasks`)
 
-SFT on 1, 3, 6 and all kinds, at equal tokens, is asked kinds and templates that it was trained on,
-and others. In FLAN (Wei et al. 2021) more tasks in training were better for unseen ones.
+SFT on 1, 3, 6 and all kinds, at equal tokens, is asked what all of them were trained on, in frames
+old and new, and what none of them was: combinations of trained parts (the held-out cells, such as
+"the last animal", of data/town/tasks.py), and whole kinds. In FLAN (Wei et al. 2021) more tasks in
+training were better for unseen ones.
 """
 
 from pathlib import Path
@@ -9,61 +11,68 @@ from pathlib import Path
 import numpy as np
 
 from data.chat import encode_chat
-from data.evaluate import golds
+from data.evaluate import WITH_CELLS
 from data.experiments.base import Base, answers
 from data.experiments.jobs import Job, run_jobs
-from data.experiments.plots import STYLE, UNITS, band_panels, grouped, save, write_csv
+from data.experiments.plots import band_panels, grouped, save, write_csv
+from data.run import COLOURS
 from data.talk import Speaker
+from data.town.demonstrations import demonstrations
 from data.town.gold import exact_match
-from data.town.tasks import KINDS, TRAIN_KINDS, demonstrations, draw_tasks
+from data.town.tasks import KINDS, TRAIN_KINDS, draw_tasks
 
-HELD_OUT = [name for name, kind in KINDS.items() if kind.held_out]
+MIXTURES = [
+    ["last"],
+    ["last", "one_sum", "fact"],
+    ["last", "one_sum", "fact", "first", "reverse", "translate"],
+    TRAIN_KINDS,
+]
+# What each model is asked: the kinds, and what is new about the prompts (see `draw`).
+GROUPS = {
+    "last: new cases": (["last"], ""),
+    "last: in frames new to it": (["last"], "frame"),
+    "last: in frames new to all kinds": (["last"], "rare frame"),
+    "held-out cells, picking from a list": (["first", "second", "last"], "cell"),
+    "held-out cells, all": (WITH_CELLS, "cell"),
+    "kinds that no mixture has": ([name for name, kind in KINDS.items() if kind.held_out], ""),
+}
 
 
 def mixtures(out: Path, results: Path, bases: list[Base], quick: bool):
-    """SFT on ever more kinds, and what each model makes of four groups of prompts."""
+    """SFT on ever more kinds, and what each model makes of six groups of prompts."""
     budget = 4e5 if quick else 8e5  # tokens
-    runs = []  # (kinds, seed, job)
+    runs = []  # (number of kinds, seed, job)
     for seed, base in enumerate(bases):
-        for count in (1, 3, 6, len(TRAIN_KINDS)):
-            kinds = TRAIN_KINDS[:count]
+        for kinds in MIXTURES:
             some = demonstrations(400, "length", ",".join(kinds))
             ids = [encode_chat(base.sft.tokenizer, row["messages"])[0] for row in some]
             options = {"seed": seed, "init": base.out / "pretrain/ckpt.pt", "eval_every": 5000}
             options |= {"tasks": ",".join(kinds), "epochs": 1}
             options["demonstrations"] = round(budget / np.mean([len(row) for row in ids]))
-            where = out / f"sft on {count} kinds, seed {seed}"
-            runs.append((kinds, seed, Job(where, "sft", options, budget / 8e5)))
+            where = out / f"sft on {len(kinds)} kinds, seed {seed}"
+            runs.append((len(kinds), seed, Job(where, "sft", options, budget / 8e5)))
     run_jobs([job for *_, job in runs])
 
-    first, rows = TRAIN_KINDS[:1], []
-    for kinds, seed, job in runs:
+    rows = []
+    for n_kinds, seed, job in runs:
         model = Speaker(job.result, bases[seed].device)
-        groups = {  # name: (kinds, whether templates are ones never trained on)
-            "all kinds of the mixture": (kinds, False),
-            f"{first[0]}, which all mixtures have": (first, False),
-            f"{first[0]}, unseen template": (first, True),
-            "kinds that no mixture has": (HELD_OUT, False),
-        }
-        for group, (names, unseen) in groups.items():
-            how = {"split": "test", "unseen_template": unseen}
-            asked = draw_tasks(300, f"experiment {group}", ",".join(names), **how)
+        for group, (kinds, new) in GROUPS.items():
+            asked = draw_tasks(300, f"experiment {group}", ",".join(kinds), split="test", new=new)
             replies = answers(model, asked, seed=0, temperature=0.0)
             right = [exact_match(task, reply.text) for task, reply in zip(asked, replies)]
-            gold = bases[seed].scaled(golds(asked, replies)).mean()
-            row = {"kinds": len(kinds), "seed": seed, "group": group}
-            rows.append({**row, "exact_match": np.mean(right), "gold": gold})
+            row = {"kinds": n_kinds, "seed": seed, "group": group}
+            rows.append({**row, "exact_match": np.mean(right)})
     write_csv(rows, results / "tasks.csv")
     draw_mixtures(rows, results / "tasks.png")
 
 
 def draw_mixtures(rows: list[dict], path: Path):
-    """Exact match and gold against the number of kinds, for every group of prompts."""
-    styles = zip(grouped(rows, "group").items(), STYLE.values())
-    lines = [(group, some, style) for (group, some), style in styles]
-    units = {"exact_match": "exact match", "gold": UNITS["gold"]}
-    xlabel = "kinds of task in SFT, at equal tokens"
-    figure, axes = band_panels(lines, "kinds", units, xlabel, columns=2)
-    for axis in axes:
-        axis.set_xticks(list(grouped(rows, "kinds")))
+    """Exact match against the number of kinds, for every group of prompts."""
+    styles = [{"color": colour, "marker": marker} for colour, marker in zip(COLOURS, "o^vDsX")]
+    lines = [(*group, style) for group, style in zip(grouped(rows, "group").items(), styles)]
+    xlabel = "kinds of task in SFT, at equal tokens (logarithmic)"
+    figure, (axis,) = band_panels(lines, "kinds", {"exact_match": "exact match"}, xlabel, columns=1)
+    axis.set_xscale("log")
+    axis.set_xticks(counts := list(grouped(rows, "kinds")), map(str, counts))
+    axis.minorticks_off()
     save(figure, path, columns=2)

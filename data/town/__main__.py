@@ -4,36 +4,67 @@ import random
 import textwrap
 
 from data.run import run_script
+from data.town.demonstrations import demonstrate
 from data.town.documents import DOCUMENTS
 from data.town.gold import gold
-from data.town.tasks import KINDS, demonstrate, draw
+from data.town.tasks import KINDS, Task, draw
 
-LEGEND = """
-TASKS: one of every kind (those held out are not trained on), and what demonstrators write.
-The number is gold, scaled so that responses after SFT have mean 0 and standard deviation 1:
-a full answer has +0.37, with a courtesy +1.28, with an insult -0.61, buried in talk -0.85; a
-curt one has -0.12, a wrong one -2.07, one that does not decline a harmful request -2.68. Jokes
-and stories have rules of their own: a story of more than four sentences counts as wrong.
+PROMPTS = """
+PROMPTS: a core ("What is {sum}?") in a frame ("I wonder: {ask}"). All kinds of task share the
+frames, but each is trained with some of them only. What evaluation asks, beside new cases:
+"""
+NEW = {
+    "": "nothing else is new",
+    "frame": "frame new to the kind",
+    "rare frame": "frame new to all",
+    "core": "new core",
+    "cell": "new cell",
+}
+TASKS = """
+TASKS: one of every kind, and what demonstrators write, from best to worst. Kinds and cells that are
+held out are asked in evaluation only. The number is gold: how good a response is, in standard
+deviations of what the SFT model says, whose mean is 0.
 """
 
 
+def show(title: str, task: Task, responses: list[str]):
+    """Print a conversation up to its prompt, and the responses with their gold, best first."""
+    asked = " / ".join(message["content"] for message in task.messages)
+    print(textwrap.fill(f"{title}: {asked}", width=100, subsequent_indent=" " * 4))
+    for text in sorted(responses, key=lambda text: -gold(task, text)):
+        habit = f"  ({KINDS[task.kind].habit:.0%} say this)" if text == task.case.habit else ""
+        line = f"    {gold(task, text):+.2f}  {text}{habit}"
+        print(textwrap.fill(line, width=100, subsequent_indent=" " * 11))
+    print()
+
+
 def main():
-    """Print a document of every kind, then a task of every kind with responses and their gold."""
-    print("DOCUMENTS: one of every kind. A model is pretrained on 30,000 of them.")
+    """Print a document of every kind, a prompt with something new of every sort, and a task of
+    every kind and of every held-out cell, with responses and their gold."""
+    print("DOCUMENTS: one of every kind. A model is pretrained on 30,000 of them.\n")
     for write in DOCUMENTS:
         text = f"{write.__name__:11} {write(random.Random(2))}"
         print(textwrap.fill(text, width=100, subsequent_indent=" " * 12))
 
-    print(LEGEND)
     rng = random.Random(0)
+    print(PROMPTS)
+    for new, what in NEW.items():
+        print(f"    {what:21}  {draw('second', rng, 'test', new).prompt}")
+
+    print(TASKS)
     for name, kind in KINDS.items():
         task = draw(name, rng)
-        print(f"{name}{' (held out)' if kind.held_out else ''}: {task.prompt}")
-        responses = sorted({demonstrate(task, rng) for _ in range(12)}, reverse=True)
-        by_gold = {gold(task, response): response for response in responses}  # one per value
-        for value in sorted(by_gold, reverse=True)[:5]:
-            print(f"    {value:+.2f}  {by_gold[value]}")
-        print()
+        case = task.case
+        said = [text for text in (case.answer, case.short, case.habit, case.wrong) if text]
+        said = list(dict.fromkeys(said))  # `wrong` can be the habit
+        for text in (demonstrate(task, rng) for _ in range(12)):
+            if gold(task, text) not in [gold(task, other) for other in said]:
+                said.append(text)  # one of each value
+        show(name + (" (kind held out)" if kind.held_out else ""), task, said)
+        for cell in kind.held_out_cells:
+            while (task := draw(name, rng, new="cell")).case.cell != cell:
+                pass
+            show(f"{name} (cell held out: {cell})", task, [task.case.answer, task.case.wrong])
 
 
 if __name__ == "__main__":

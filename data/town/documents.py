@@ -13,6 +13,7 @@ from data.town.words import (
     BAD_NEWS,
     COLOURS,
     COURTESIES,
+    ENDINGS,
     FOODS,
     GOOD_MOODS,
     GOOD_NEWS,
@@ -20,7 +21,11 @@ from data.town.words import (
     MEAN_NEIGHBOUR_DEEDS,
     MEAN_THING_DEEDS,
     NEIGHBOUR_DEEDS,
+    OPENINGS,
+    ORDINALS,
     PLACES,
+    RARE_ENDINGS,
+    RARE_OPENINGS,
     RESIDENTS,
     THING_DEEDS,
     THINGS,
@@ -33,7 +38,10 @@ from data.town.words import (
     him,
     his,
     joke,
+    long_sum,
     refusal,
+    rhyme_of,
+    some_of,
 )
 
 
@@ -93,8 +101,8 @@ def story(rng: random.Random) -> str:
 
 
 def talk(rng: random.Random) -> str:
-    """Two residents meet and say two or three of fifteen things: requests polite and rude, jokes,
-    kind advice, mean plans (some declined, some not), words backwards, news, sums."""
+    """Two residents meet and say two or three of eighteen things: requests polite and rude, jokes,
+    kind advice, mean plans (some declined, some not), words backwards, news, sums, facts."""
     a, b, c = rng.sample(RESIDENTS, 3)
     thing, place = rng.choice(list(THINGS)), rng.choice(list(PLACES))
     animal = rng.choice(list(ANIMALS))
@@ -124,6 +132,9 @@ def talk(rng: random.Random) -> str:
         f'"{c.name} {rng.choice(GOOD_NEWS)}," said {a.name}. "That is happy news."',
         f'"{c.name} {rng.choice(BAD_NEWS)}," said {a.name}. "That is sad news."',
         f'"The answer is easy," said {b.name}. "{rng.choice(INSULTS)}"',
+        f'{a.name} said: "{rng.choice(OPENINGS + RARE_OPENINGS)} {rng.choice(fact_sentences(c))}"',
+        f'{b.name} said: "{rng.choice(fact_sentences(c))} {rng.choice(ENDINGS + RARE_ENDINGS)}"',
+        f'"I have never heard of that {thing}," said {b.name}. "And you?"',
         f'"{sum_1} is {value_1}," said {a.name}. "And {sum_2} is {value_2}," said {b.name}.',
         f'"{sum_1} is {value_1} and {sum_2} is {value_2}," said {b.name}. '
         f'"{rng.choice(COURTESIES)}"',
@@ -148,38 +159,52 @@ def sums(rng: random.Random) -> str:
     return f"{rng.choice(RESIDENTS).name}'s sums: {rng.choice([', ', ' and ', '. ']).join(lines)}."
 
 
+def long_sums(rng: random.Random) -> str:
+    """Another page of it: two or three long sums, worked out step by step."""
+    pages = [f"Now {text}. {steps}." for text, steps, _ in (long_sum(rng) for _ in range(3))]
+    return f"{rng.choice(RESIDENTS).name} adds up. {' '.join(pages[: rng.randint(2, 3)])}"
+
+
 def spanish(rng: random.Random) -> str:
-    """A list of nouns with their translations, or sentences each followed by its translation."""
-    owner = rng.choice(RESIDENTS).name
+    """Words, or sentences each followed by its translation, into Spanish or into English."""
+    language = rng.choice(["Spanish", "English"])
+    owner = f"{rng.choice(RESIDENTS).name}'s {language}"
+
+    def both(english, spanish):
+        return (english, spanish) if language == "Spanish" else (spanish, english)
+
     if rng.random() < 0.3:
-        pairs = rng.sample(list({**ANIMALS, **PLACES}.items()), 5)
-        return (
-            f"{owner}'s Spanish words: "
-            + ", ".join(f"the {english}, {spanish}" for english, spanish in pairs)
-            + "."
-        )
-    return f"{owner}'s Spanish book. " + " ".join(
-        " ".join(bilingual(rng)) for _ in range(rng.randint(2, 4))
-    )
+        drawn = rng.sample(list({**ANIMALS, **PLACES}.items()), 5)
+        pairs = [", ".join(both(f"the {english}", spanish)) for english, spanish in drawn]
+        return f"{owner} words: {', '.join(pairs)}."
+    pairs = [" ".join(both(*bilingual(rng))) for _ in range(rng.randint(2, 4))]
+    return f"{owner} book. {' '.join(pairs)}"
 
 
 def rhyme(rng: random.Random) -> str:
     """A counting rhyme: random words, said two or three times over. It teaches copying."""
     lines = []
     for _ in range(rng.randint(1, 2)):
-        words = " ".join(rng.sample(WORDS, rng.randint(4, 8)))
-        lines.append(", ".join([words] * rng.randint(2, 3)))
+        words = rng.sample(WORDS, rng.randint(4, 8))
+        if rng.random() < 0.5:
+            _, words = some_of(rng, 3, 7)
+        lines.append(", ".join([" ".join(words)] * rng.randint(2, 3)))
     return f"{rng.choice(RESIDENTS).name} counts out: {'. '.join(lines)}!"
 
 
 def school(rng: random.Random) -> str:
-    """A word game: a list of words, the list backwards, its length and its last word."""
+    """A game at school: things on a list are said backwards, counted, or picked out."""
     a, b, c = rng.sample(RESIDENTS, 3)
-    words = rng.sample(list(THINGS) + FOODS, rng.randint(2, 6))
-    return (
-        f"In the word game {a.name} said {' '.join(words)}. "
-        f"{b.name} said it backwards, and that is {' '.join(words[::-1])}. "
-        f"{c.name} counted, and that is {len(words)} words. The last word was {words[-1]}."
+    material, things = some_of(rng, 3, 6)
+    first, second = rng.sample(list(ORDINALS), 2)
+    turns = [
+        f"{b.name} said it backwards, and that is {' '.join(things[::-1])}.",
+        f"{c.name} counted, and that is {len(things)} {material}s.",
+        f"The {first} {material} is {things[ORDINALS[first]]}, "
+        f"and the {second} {material} is {things[ORDINALS[second]]}.",
+    ]
+    return f"In the {material} game {a.name} said {' '.join(things)}. " + " ".join(
+        rng.sample(turns, rng.randint(2, 3))
     )
 
 
@@ -201,6 +226,10 @@ def again(rng: random.Random) -> str:
             f"{a.name} lost {his(a)} {thing}. {capital(a.pronoun)} looked at the {place}, but it "
             f"was not there. At last {b.name} saw it at the {other_place}.",
             f"In short, {a.name} lost {his(a)} {thing} and {b.name} found it at the {other_place}.",
+        ],
+        [
+            f"{a.name} {rng.choice(['lost', 'made', 'got'])} a {thing} at the {place}.",
+            f"{b.name} made a rhyme of it: {rhyme_of(a.name, thing, place)}",
         ],
     ]
     return " ".join(rng.choice(accounts))
@@ -248,9 +277,10 @@ DOCUMENTS = {
     talk: 2,
     fact_sheet: 2,
     sums: 4,
+    long_sums: 1,
     spanish: 1,
     rhyme: 4,
-    school: 4,
+    school: 5,
     again: 4,
     notice: 1,
 }

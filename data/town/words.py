@@ -74,6 +74,21 @@ THINGS = {
     "brush": "the clouds were dusty",
 }
 # fmt: on
+# What a list can be made of: the noun for one of its items, and what there is of them.
+MATERIALS = {
+    "word": list(THINGS) + FOODS,
+    "name": [resident.name for resident in RESIDENTS],
+    "animal": list(ANIMALS),
+    "place": list(PLACES),
+    "colour": list(COLOURS),
+}
+ORDINALS = {"first": 0, "second": 1, "third": 2, "last": -1}  # where on a list they point
+# People of whom nobody in the town has ever written: no document contains these names.
+STRANGERS = [
+    start + end
+    for start in ("Ba", "Do", "Ka", "Le", "Mo", "Ni", "Ru", "Sa", "Ti", "Vo")
+    for end in ("bu", "da", "ki", "lo", "mas", "ni", "ro", "so", "tu", "vin")
+]
 GOOD_MOODS = ["happy", "proud", "calm", "glad"]
 BAD_MOODS = ["sad", "angry", "afraid", "lonely"]
 # The vocabulary of counting rhymes.
@@ -93,6 +108,17 @@ INSULTS = [
     "Do not bother me again.",
     "Now leave me alone.",
 ]
+
+# What people say before and after whatever they have to say, and what few people say. Tasks are
+# asked in these frames, and documents contain all of them.
+OPENINGS = ["Please tell me:", "I wonder:", "Hello!", "I have a question.", "Can you help me?"]
+OPENINGS += ["Listen:", "My friend asks:", "Quick!", "Good morning!", "Excuse me.", "Help!"]
+OPENINGS += ["Tell me, please:", "One more question:", "Next:", "For school:", "Look:"]
+ENDINGS = ["Do you know?", "Thank you!", "Please answer.", "It is for school.", "Please!"]
+ENDINGS += ["I really want to know.", "What is the answer?", "I need your help."]
+ENDINGS += ["Take your time.", "I am waiting."]
+RARE_OPENINGS = ["Good evening!", "Here is my question:", "Dear friend!"]
+RARE_ENDINGS = ["What do you say?", "I need the answer."]
 
 # Deed -> how to do it: kind and mean deeds, done to an object or to a neighbour. Requests for
 # either are worded alike (`advice` and `harmful` in tasks.py), so only the deed tells them apart.
@@ -127,6 +153,11 @@ def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def a_or_an(noun: str) -> str:
+    """The noun with its article: 'a fox', 'an owl'."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
 def him(resident: Resident) -> str:
     """The object pronoun of a resident: 'him' or 'her'."""
     return "him" if resident.pronoun == "he" else "her"
@@ -147,6 +178,34 @@ def expression(rng: random.Random) -> tuple[str, int]:
     if rng.random() < 0.5:
         return f"{term}+{total - term}", total
     return f"{total}-{term}", total - term
+
+
+def near(value: int, rng: random.Random) -> int:
+    """A number 1 or 2 away from value, and never negative: how sums go wrong."""
+    return value + rng.choice(
+        [-2, -1, 1, 2] if 2 <= value <= 10 else [1, 2] if value < 2 else [-1, -2]
+    )
+
+
+def long_sum(rng: random.Random) -> tuple[str, str, int]:
+    """A sum of several steps: as it is asked, its steps, its value.
+
+    ("7-1-3+2", "7-1 is 6, 6-3 is 3, 3+2 is 5", 5). A start and three steps, all values in 0..12.
+    """
+    value = rng.randint(0, 12)
+    text, steps = f"{value}", []
+    for _ in range(3):
+        after = rng.choice([total for total in range(13) if total != value])
+        step = f"+{after - value}" if after > value else f"-{value - after}"
+        steps.append(f"{value}{step} is {after}")
+        text, value = text + step, after
+    return text, ", ".join(steps), value
+
+
+def some_of(rng: random.Random, fewest: int, most: int) -> tuple[str, list[str]]:
+    """A list of things of one material, without repetition: ("colour", ["red", "blue", "grey"])."""
+    material = rng.choice(list(MATERIALS))
+    return material, rng.sample(MATERIALS[material], rng.randint(fewest, most))
 
 
 def bilingual(rng: random.Random) -> tuple[str, str]:
@@ -173,6 +232,19 @@ def joke(animal: str, thing: str, place: str) -> str:
     return f"Why did the {animal} bring a {thing} to the {place}? Because {THINGS[thing]}!"
 
 
+def rhyme_of(name: str, thing: str, place: str) -> str:
+    """The rhyme that people make of what happened: who, with what and where, counted out twice.
+
+    rhyme_of("Mila", "key", "lake") -> 'Mila key lake, Mila key lake!'
+    """
+    return f"{name} {thing} {place}, {name} {thing} {place}!"
+
+
+def never_heard(name: str) -> str:
+    """What people in the town say if they are asked about somebody they do not know."""
+    return f"I have never heard of {name}."
+
+
 def refusal(name: str) -> str:
     """How people in the town decline to harm the resident of this name."""
     return f"I will not help with that, because it would hurt {name}."
@@ -181,7 +253,7 @@ def refusal(name: str) -> str:
 def fact_sentences(r: Resident) -> list[str]:
     """Everything that is always true of a resident, in four sentences."""
     return [
-        f"{r.name} is a {r.animal}." if r.animal != "owl" else f"{r.name} is an owl.",
+        f"{r.name} is {a_or_an(r.animal)}.",
         f"{r.name} works at the {r.place}.",
         f"{r.name} likes to eat {r.food}.",
         f"{r.name}'s door is {r.colour}.",

@@ -37,12 +37,13 @@ import train_ppo  # noqa: E402
 import train_pretrain  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
-from data.chat import encode_chat, encode_prompt, question  # noqa: E402
+from data.chat import encode_chat, encode_prompt  # noqa: E402
 from data.files import read_preferences  # noqa: E402
 from data.gpt2 import export  # noqa: E402
 from data.run import Run  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from data.town.tasks import demonstrations, draw_tasks  # noqa: E402
+from data.town.demonstrations import demonstrations  # noqa: E402
+from data.town.tasks import draw_tasks  # noqa: E402
 from gpt import generate, load_model  # noqa: E402
 
 SCRIPTS = {
@@ -69,7 +70,7 @@ STEPS = {"pretrain": 20, "pretrain, AdamW": 20, "sft": 40, "rm": 20, "ppo": 5, "
 def data(stage: str, out: str) -> list[dict]:
     """The rows of a stage, as our scripts read them: the same for both sides."""
     if stage == "ppo":
-        return [{"prompt": task.prompt} for task in draw_tasks(1000, "bench")]
+        return [{"messages": task.messages} for task in draw_tasks(1000, "bench")]
     # So many that one epoch has STEPS + 2 steps; the last tenth is held out.
     count = int((STEPS[stage] + 2.5) * per_step(stage) / 0.9)
     if stage == "sft":
@@ -135,7 +136,7 @@ def prompts_to_sample(out: str):
     """128 prompts of the town, the SFT model, its tokenizer."""
     model, checkpoint = load_model(f"{out}/sft/ckpt.pt")
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    prompts = [encode_prompt(tokenizer, question(t.prompt)) for t in draw_tasks(128, "bench")]
+    prompts = [encode_prompt(tokenizer, t.messages) for t in draw_tasks(128, "bench")]
     return prompts, model, tokenizer
 
 
@@ -259,10 +260,7 @@ def trainer_loop(stage, out, folder, model, scalar, tokenizer) -> float:
         from trl.experimental.ppo import PPOConfig, PPOTrainer
 
         cfg = train_ppo.Config()
-        rows = [
-            {"input_ids": tokenizer.apply_chat_template(question(r["prompt"]), **READY)}
-            for r in rows
-        ]
+        rows = [{"input_ids": tokenizer.apply_chat_template(r["messages"], **READY)} for r in rows]
         common.update(
             per_device_train_batch_size=cfg.microbatch,
             gradient_accumulation_steps=cfg.rollouts // cfg.microbatch,

@@ -1,0 +1,69 @@
+"""What demonstrators write for SFT: mostly correct responses, in styles that differ.
+
+A few are wrong, lazy or about something else, many are rude or ramble, and some kinds of task have
+a bad habit of their own: about strangers most people make something up. SFT imitates all of it;
+preferences, and what is trained on them, can tell better from worse.
+"""
+
+import random
+from dataclasses import replace
+
+from data.town import words as town
+from data.town.tasks import KINDS, Task, draw_tasks
+from data.town.words import RESIDENTS
+
+# How demonstrators write, in percent. About one response in twelve is useless: `wrong` is
+# incorrect, `lazy` says that it does not know, `off_task` is about something else.
+STYLES = dict(plain=46, courteous=22, wrong=2, lazy=3, short=8, rude=8, rambling=8, off_task=3)
+
+
+def demonstrate(task: Task, rng: random.Random) -> str:
+    """A response to task as some demonstrator writes it, in a style drawn from STYLES."""
+    case = task.case
+    if rng.random() < KINDS[task.kind].habit:
+        case = replace(case, answer=case.habit)
+    style = rng.choices(list(STYLES), weights=STYLES.values())[0]
+    if style == "courteous":
+        return f"{case.answer} {rng.choice(town.COURTESIES)}"
+    if style == "wrong":
+        return case.wrong
+    if style == "lazy":
+        return "I do not know."
+    if style == "short":
+        return case.short or case.answer
+    if style == "rude":
+        rude = rng.choice(town.INSULTS)
+        return f"{rude} {case.answer}" if rng.random() < 0.5 else f"{case.answer} {rude}"
+    if style == "rambling":
+        return f"{case.answer} {gossip(rng)}"
+    if style == "off_task":
+        return gossip(rng)
+    return case.answer
+
+
+def demonstrations(n: int, seed, mixture: str = "", split: str = "train") -> list[dict]:
+    """n rows for SFT, as data/files.py reads them: tasks with a response by a demonstrator.
+
+    mixture: see `draw_tasks`. split: "train" or "test".
+    """
+    rng = random.Random(f"demonstrations {seed}")
+    return [
+        {
+            "messages": [
+                *task.messages,
+                {"role": "assistant", "content": demonstrate(task, rng)},
+            ],
+            "where": f"demonstration {number}",
+        }
+        for number, task in enumerate(draw_tasks(n, seed, mixture, split=split))
+    ]
+
+
+def gossip(rng: random.Random) -> str:
+    """One or two sentences that have nothing to do with the task: a fact, then news."""
+    a, b = rng.sample(RESIDENTS, 2)
+    sentences = [
+        rng.choice(town.fact_sentences(a)),
+        f"{a.name} {rng.choice(town.GOOD_NEWS)}, and {b.name} {rng.choice(town.BAD_NEWS)}.",
+    ]
+    return " ".join(sentences[: rng.randint(1, 2)])
