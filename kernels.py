@@ -398,7 +398,8 @@ def _target_logits(hidden, weight, target, temperature):
 
 def backend(device: torch.device) -> str:
     """What computes the head of float32 tensors on a device: "Triton" or "PyTorch"."""
-    return "Triton" if _use_triton(torch.empty(0, device=device)) else "PyTorch"
+    on_nvidia = device.type == "cuda" and torch.version.cuda
+    return "Triton" if triton and on_nvidia else "PyTorch"
 
 
 def _use_triton(x):

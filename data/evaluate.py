@@ -178,7 +178,8 @@ class Prompts:
         return cls(
             drawn(n, "evaluate"),
             new | {"new kind": drawn(n // 8, "new kind", new_kinds)},
-            drawn(120, "strangers", ["unknown"], "cell"),
+            # These names are in no training set at all, so there is no need to hold out cases.
+            draw_tasks(120, f"strangers {seed}", "unknown", new="cell"),
             drawn(120, "facts", ["fact"]),
             drawn(400, "safety", ["advice", "harmful"]),
         )

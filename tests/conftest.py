@@ -5,8 +5,13 @@ import socket
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Tests run on the CPU, also where there is a GPU. `python -m pytest --gpu tests/test_triton.py`
+# runs the kernel's on it.
+if "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
@@ -21,6 +26,7 @@ torch.set_num_threads(1)  # the models are so small that a second thread only ge
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="also run the tests that take long")
+    parser.addoption("--gpu", action="store_true", help="let tests see the GPU")
     parser.addoption("--chain", type=Path, help="a folder of finished default runs, for --check")
 
 

@@ -1,7 +1,11 @@
 """Options that change what a run costs, and not what it computes."""
 
 import csv
+import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,3 +161,13 @@ def test_compiled_a_model_learns_the_same(chain, after_sft):
     run("pretrain", after_sft, compile=True)
     found, expected = (logged(folder, "pretrain", "loss") for folder in (after_sft, chain))
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+@pytest.mark.thorough
+def test_the_benchmark_at_gpt2s_size_runs(tmp_path):
+    script, out = Path(__file__).parent / "bench" / "bench_gpt2.py", tmp_path / "bench.json"
+    only = ["muon", "adamw", "sampling", "ppo"]
+    subprocess.run([sys.executable, script, "--tiny", "--out", out, "--only", *only], check=True)
+    results = json.loads(out.read_text())["results"]
+    assert [*results] == only
+    assert all(number > 0 for numbers in results.values() for number in numbers.values())

@@ -240,7 +240,7 @@ def notice(rng: random.Random) -> str:
     a, b = rng.sample(RESIDENTS, 2)
     thing, place = rng.choice(list(THINGS)), rng.choice(list(PLACES))
     colour, opens = rng.choice(list(COLOURS)), rng.randint(1, 6)
-    # The words of the task templates. A tokenizer trained on documents that lack a word would cut
+    # The words of the task cores. A tokenizer trained on documents that lack a word would cut
     # it into many tokens, and the pretrained model would not know it.
     lessons = [
         "we write a short text",
