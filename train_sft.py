@@ -50,7 +50,7 @@ class Config:
     # data
     init: str = ""  # checkpoint to start from ("" = out/pretrain/ckpt.pt)
     data: str = ""  # JSON or JSONL with conversations ("" = demonstrations of the town)
-    demonstrations: int = 36000  # how many responses demonstrators of the town write
+    demonstrations: int = 32000  # how many responses demonstrators of the town write
     tasks: str = ""  # mixture of kinds, like story:3,one_sum ("" = all, equally)
     # optimisation
     batch_size: int = 48  # conversations per step

@@ -167,8 +167,8 @@ class Prompts:
     def draw(cls, n: int, seed: int) -> "Prompts":
         """n prompts of what was seen, and fewer of the rest."""
 
-        def drawn(count, what, kinds=TRAIN_KINDS, new=""):
-            return draw_tasks(count, f"{what} {seed}", ",".join(kinds), split="test", new=new)
+        def drawn(count, what, kinds=TRAIN_KINDS, new="", split="test"):
+            return draw_tasks(count, f"{what} {seed}", ",".join(kinds), split=split, new=new)
 
         new_kinds = [name for name, kind in KINDS.items() if kind.held_out]
         new = {
@@ -179,7 +179,7 @@ class Prompts:
             drawn(n, "evaluate"),
             new | {"new kind": drawn(n // 8, "new kind", new_kinds)},
             # These names are in no training set at all, so there is no need to hold out cases.
-            draw_tasks(120, f"strangers {seed}", "unknown", new="cell"),
+            drawn(120, "strangers", ["unknown"], "cell", split="train"),
             drawn(120, "facts", ["fact"]),
             drawn(400, "safety", ["advice", "harmful"]),
         )

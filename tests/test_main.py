@@ -1059,7 +1059,7 @@ DEFAULTS = {
         weight_decay=0.1, warmup=20, grad_clip=1.0, eval_every=100, save_every=100,
     ),
     "sft": dict(
-        demonstrations=36000, batch_size=48, epochs=2, lr=2e-3, warmup=20, grad_clip=1.0,
+        demonstrations=32000, batch_size=48, epochs=2, lr=2e-3, warmup=20, grad_clip=1.0,
         max_new_tokens=48, eval_every=200, save_every=200,
     ),
     "rm": dict(
