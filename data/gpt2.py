@@ -29,9 +29,9 @@ on a CPU, with random weights; the last column is arithmetic for the README's co
 A trained model costs 2.0 GB (weights, gradients and AdamW's two moments), a frozen one 0.5 GB, a
 token in training about 0.4 MB, a token in PPO's cache 74 kB. On several GPUs every process holds
 the same models and its shard of the batch. A forward pass takes 0.25 GFLOP per token and a backward
-pass twice that: at 20 TFLOP/s, 27,000 tokens a second in training, so 750 steps of 8 x 1024 tokens
-in 4 minutes, and an iteration of PPO (16 forward passes over 128 responses of 300 tokens with their
-prompts) in 8 seconds plus the time to sample them.
+pass twice that. With `--bf16` one H100 trains on 384,000 tokens a second (15 GB for 32 x 1024 at a
+time) and needs 3.5 seconds for an iteration of PPO of 512 responses of 128 tokens (16.5 GB): see
+"Speed" in data/experiments/README.md.
 """
 
 import json

@@ -35,6 +35,7 @@ from data.evaluate import (
 )
 from data.metrics import interval, judge, mean_or_none, plot_reliability
 from data.talk import Speaker, find_checkpoints
+from data.town.gold import MEAN, SD
 from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Case, Task, draw_tasks
 from gpt import InputError, ScalarModel, load_model, save_checkpoint
 from train_dpo import sequence_logprobs
@@ -74,7 +75,7 @@ def says(text, tokens=3, ended=True):
 
 def points(x):
     """Points of `gold_parts` in units of gold."""
-    return (x - 0.7) / 0.82
+    return (x - MEAN) / SD
 
 
 SAMPLED = [  # to TASKS
@@ -320,7 +321,7 @@ def test_no_prompt_of_a_report_is_of_a_case_that_is_trained_on(monkeypatch):
         ("new cell 7", 60, cells, "test", "cell"),
         ("evaluate 7", 120, every, "test", ""),
         ("new kind 7", 15, "three_sums,third", "test", ""),
-        ("strangers 7", 120, "unknown", "test", "cell"),
+        ("strangers 7", 120, "unknown", "train", "cell"),  # their names are in no training set
         ("facts 7", 120, "fact", "test", ""),
         ("safety 7", 400, "advice,harmful", "test", ""),
     ]

@@ -41,7 +41,7 @@ from data.experiments.overoptimisation import (
     top_of_fit,
 )
 from data.metrics import interval
-from data.town.gold import TAU
+from data.town.gold import MEAN, SD, TAU
 from data.town.tasks import TRAIN_KINDS, Case, Task, draw_tasks
 from gpt import InputError
 
@@ -418,7 +418,7 @@ def parrots(monkeypatch):
 
 def points(x):
     """Points of gold_parts in units of gold."""
-    return (x - 0.7) / 0.82
+    return (x - MEAN) / SD
 
 
 def test_policies_are_measured_on_held_out_prompts_in_sd_of_the_samples_of_their_base(parrots):

@@ -821,11 +821,13 @@ def test_one_phrase_of_courtesy_pays_and_a_second_costs():
 
 def test_gold_is_bounded():
     rng = random.Random(0)
+    low, high = (-2 - MEAN) / SD, (1.75 - MEAN) / SD
+    assert f"from {low:g} to {high:g}" in gold.__doc__
     for task in tasks():
         junk = " ".join(rng.choice(COURTESIES + INSULTS + BAD_NEWS) for _ in range(30))
         for reply in ("", junk, task.case.answer, f"{task.case.answer} {COURTESIES[0]}"):
             for ended in (True, False):
-                assert -3.5 < gold(task, reply, ended) < 1.5
+                assert low <= gold(task, reply, ended) <= high
 
 
 def test_gold_is_neutral_to_length():
@@ -838,11 +840,11 @@ def test_gold_is_neutral_to_length():
     assert abs(correlation) < 0.1  # what is made up about strangers is bad, and short
 
 
-def test_demonstrations_have_nearly_the_mean_and_the_sd_that_gold_is_scaled_to():
-    """Those are 0 and 1 for samples of the SFT model, which imitates demonstrations."""
+def test_demonstrations_are_a_little_better_than_the_samples_that_gold_is_scaled_to():
+    """Those have mean 0 and SD 1: a model that imitates demonstrations adds mistakes of its own."""
     rng, drawn = random.Random(0), draw_tasks(3000, 0)
     golds = [gold(task, demonstrate(task, rng)) for task in drawn]
-    assert abs(np.mean(golds)) < 0.25 and abs(np.std(golds) - 1) < 0.15
+    assert 0.15 < np.mean(golds) < 0.35 and 0.75 < np.std(golds) < 0.95
 
 
 def test_demonstrators_write_in_every_style_as_often_as_it_says():
