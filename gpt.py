@@ -107,7 +107,7 @@ class Cache:
             return k, v
         at = self.all_rows, slice(None), positions  # row b at its position, in all heads
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
-        end = mask.shape[-1]  # beyond the longest row the cache is empty
+        end = mask.shape[-1]  # beyond the longest row there is nothing to look at
         return keys[:, :, :end], values[:, :, :end]  # (B, nh, end, hs)
 
 
@@ -377,7 +377,7 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
     """
     context, device = model.config.context, model.wte.weight.device
     forward = model.forward  # not model(...), which torch.compile may have made for long sequences
-    # The head multiplies what kernels.py does: numbers rounded to bfloat16 on a GPU, else float32.
+    # The head has the precision that it has in training (kernels.py).
     rounded = model.bf16 and device.type == "cuda"
     wte = model.wte.weight.bfloat16() if rounded else model.wte.weight
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)

@@ -8,13 +8,13 @@
     sft, ppo, dpo   and every variant that was trained with --name
     best_of_n       n samples of the SFT model, of which the reward model picks one
 
-Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. All prompts are of
-cases held out of every training set. Some have something else that training never has, and tell
-what generalises: a frame, a core, a cell, a whole kind (data/town/tasks.py says what these are).
-Others are about strangers, of whom a model can only say that it has never heard of them. The base
-model is asked plainly, and in the form of its documents: what one had to do before there was
-instruction tuning. Sampling at temperature 1 shows what a model is like, greedy decoding what it
-knows.
+Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. No prompt is of a
+case that was trained on as a task; documents may have the same sum or fact. Some have something
+else that training never has, and tell what generalises: a frame, a core, a cell, a whole kind
+(data/town/tasks.py says what these are). Others are about strangers, of whom a model can only say
+that it has never heard of them. The base model is asked plainly, and in the form of its documents:
+what one had to do before there was instruction tuning. Sampling at temperature 1 shows what a model
+is like, greedy decoding what it knows.
 
 A run that was trained from a model which is no longer there, say because SFT was repeated and PPO
 was not, is named: its KL and its wins compare models that do not belong together.
@@ -43,19 +43,12 @@ from data.metrics import interval, mean_or_none
 from data.run import COLOURS, STAGES, run_script, start
 from data.talk import Speaker, find_checkpoints
 from data.town.gold import declines, denies, exact_match, f1, gold, made_up, split_reply
-from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Task, draw_tasks
+from data.town.tasks import KINDS, NEW, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from gpt import GPT, InputError, ScalarModel, fingerprint, load_checkpoint, load_model
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
 SKILLS = ["one_sum", "two_sums", "translate", "passage", "choice"]
-# What is new about a prompt, beside its case -> what `draw` calls it
-NEW = {
-    "frame new to the kind": "frame",
-    "frame new to all kinds": "rare frame",
-    "new core": "core",
-    "new cell": "cell",
-}
 # Kinds with held-out cells, but for `unknown`: its cell, new names, has numbers of its own.
 WITH_CELLS = [name for name, k in KINDS.items() if k.held_out_cells and name != "unknown"]
 
@@ -155,10 +148,10 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
 
 @dataclass
 class Prompts:
-    """What every model is asked. All cases are held out of every training set."""
+    """What every model is asked. No case is trained on as a task."""
 
     seen: list[Task]  # of kinds, cells, cores and frames that were trained on
-    new: dict[str, list[Task]]  # a key of NEW -> tasks in which that is new; "new kind" likewise
+    new: dict[str, list[Task]]  # a value of NEW -> tasks in which that is new; "new kind" likewise
     strangers: list[Task]  # questions about people nobody has written about
     facts: list[Task]  # the same questions about residents
     safety: list[Task]  # harmful requests, and harmless ones in the same words
@@ -173,7 +166,7 @@ class Prompts:
         new_kinds = [name for name, kind in KINDS.items() if kind.held_out]
         new = {
             group: drawn(n // 2, group, WITH_CELLS if how == "cell" else TRAIN_KINDS, how)
-            for group, how in NEW.items()
+            for how, group in NEW.items()
         }
         return cls(
             drawn(n, "evaluate"),
@@ -458,10 +451,10 @@ def markdown(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]
 def what_generalises(stages: dict) -> str:
     """Exact match where something is new about the prompt: means of the assistants, SFT by kind."""
     columns = {"nothing": "exact_match"}  # column -> key
-    columns |= {group: f"exact_match, {group}" for group in [*NEW, "new kind"]}
+    columns |= {group: f"exact_match, {group}" for group in [*NEW.values(), "new kind"]}
 
     def mean(by_task, key):
-        kinds = [kind for kind in by_task if KINDS[kind].exact and kind != "unknown"]
+        kinds = [kind for kind in by_task if KINDS[kind].exact]
         return mean_or_none(by_task[kind][key] for kind in kinds if key in by_task[kind])
 
     found = {name: s["by_task"] for name, s in stages.items() if name not in ("base", "best_of_n")}
@@ -473,9 +466,9 @@ def what_generalises(stages: dict) -> str:
         for kind, numbers in found["sft"].items()
     ]
     return (
-        "## What generalises\n\nExact match, greedy. Mean over the kinds that have one right "
-        "answer, without `unknown`, whose answers most demonstrators make up. Beside the case, new "
-        "is:\n\n"
+        "## What generalises\n\nExact match, greedy. Mean without `joke` and `story`, which are "
+        "open-ended, and without `chain` and `unknown`, where most demonstrators have a habit. "
+        "Only some kinds have cells: compare that column by kind. Beside the case, new is:\n\n"
         f"{table(['', *columns], rows)}SFT by kind:\n\n{table(['', *columns], of_sft)}"
     )
 

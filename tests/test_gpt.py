@@ -24,6 +24,7 @@ from gpt import (
     sample,
     save_checkpoint,
 )
+from kernels import linear_logprobs
 
 
 def test_future_tokens_do_not_change_past_hidden_states(tiny):
@@ -188,6 +189,13 @@ def test_tokens_that_are_ruled_out_are_never_sampled():
         ids, logprobs = sample(logits, **how)
         assert set(ids.tolist()) == {1, 2, 4}, how
         torch.testing.assert_close(logprobs.exp(), torch.full((2000,), 1 / 3))
+
+
+def test_padding_rows_of_the_token_table_have_no_probability_in_any_loss(tiny):
+    tiny.wte.weight.data[50:] = 100 * tiny.wte.weight.data[:14].sign()
+    hidden = tiny(torch.tensor([[1, 2, 3]]))[0, -1].expand(50, -1)  # (50, C), all the same
+    logprobs = linear_logprobs(hidden, tiny.head, torch.arange(50))
+    torch.testing.assert_close(logprobs.exp().sum(), torch.tensor(1.0))
 
 
 def test_padding_rows_of_the_token_table_are_never_sampled(tiny):

@@ -314,7 +314,8 @@ def assert_same_run(cfg, stage, plots, log, model, samples, cost, unit="step"):
     folder = Path(cfg.out, "mine")
     rows = read_log(folder)
     for number, (row, expected) in enumerate(zip(rows, log, strict=True)):
-        assert row == pytest.approx({"step": number, **expected}, rel=1e-6, abs=1e-9)
+        # float32 in some columns: the scores, and `kl_full`, a small difference of logarithms
+        assert row == pytest.approx({"step": number, **expected}, rel=1e-5, abs=1e-9)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
     assert checkpoint["model"].keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():

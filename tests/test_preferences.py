@@ -20,6 +20,7 @@ from data.preferences import (
 )
 from data.talk import Speaker
 from data.town.demonstrations import demonstrate
+from data.town.gold import MEAN, SD
 from data.town.tasks import Case, Task, draw_tasks
 from gpt import InputError, load_model
 
@@ -82,14 +83,14 @@ def test_pairs_about_a_second_turn_come_with_the_whole_conversation(tmp_path):
 
 
 def test_labels_follow_gold_where_annotators_are_sure():
-    """Right, wrong, and right but with courtesy: 0.37, -2.07 and 1.28 in SD of gold."""
+    """Right, wrong, and right but with courtesy: 1, -1 and 1.75 points."""
     task = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {}))
     texts = ("12-5 is 7.", "12-5 is 8.", "12-5 is 7. Have a lovely day!")
     right, wrong, kind = (Reply([], text, True) for text in texts)
     unfinished = Reply([], "12-5 is 7. I", False)
     pairs = [(right, wrong), (wrong, right), (kind, right), (right, right), (right, unfinished)]
     rows = annotate([task] * 5, pairs, tau=0.01, flip=0.0, seed=0)
-    golds = {"12-5 is 7.": 0.3659, "12-5 is 8.": -2.0732, "12-5 is 7. Have a lovely day!": 1.2805}
+    golds = {text: round((x - MEAN) / SD, 4) for text, x in zip(texts, (1, -1, 1.75))}
     assert [(row["chosen"], row["rejected"]) for row in rows] == [
         (right.text, wrong.text),
         (right.text, wrong.text),

@@ -7,23 +7,16 @@ from data.run import run_script
 from data.town.demonstrations import demonstrate
 from data.town.documents import DOCUMENTS
 from data.town.gold import gold
-from data.town.tasks import KINDS, Task, draw
+from data.town.tasks import KINDS, NEW, Task, draw
 
 PROMPTS = """
 PROMPTS: a core ("What is {sum}?") in a frame ("I wonder: {ask}"). All kinds of task share the
 frames, but each is trained with some of them only. What evaluation asks, beside new cases:
 """
-NEW = {
-    "": "nothing else is new",
-    "frame": "frame new to the kind",
-    "rare frame": "frame new to all",
-    "core": "new core",
-    "cell": "new cell",
-}
 TASKS = """
 TASKS: one of every kind, and what demonstrators write, from best to worst. Kinds and cells that are
-held out are asked in evaluation only. The number is gold: how good a response is, in standard
-deviations of what the SFT model says, whose mean is 0.
+held out are asked in evaluation only. The number is gold: how good a response is. 0 is the average
+response of the model after SFT (train_sft.py), and 1 is one standard deviation better.
 """
 
 
@@ -48,8 +41,8 @@ def main():
 
     rng = random.Random(0)
     print(PROMPTS)
-    for new, what in NEW.items():
-        print(f"    {what:21}  {draw('second', rng, 'test', new).prompt}")
+    for new, what in {"": "nothing else is new", **NEW}.items():
+        print(f"    {what:22}  {draw('second', rng, 'test', new).prompt}")
 
     print(TASKS)
     for name, kind in KINDS.items():

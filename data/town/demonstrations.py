@@ -1,8 +1,9 @@
 """What demonstrators write for SFT: mostly correct responses, in styles that differ.
 
-A few are wrong, lazy or about something else, many are rude or ramble, and some kinds of task have
-a bad habit of their own: about strangers most people make something up. SFT imitates all of it;
-preferences, and what is trained on them, can tell better from worse.
+A few are wrong, lazy or about something else, many are rude or ramble, and two kinds of task have a
+habit of their own: most people leave out the steps of a long sum, and make things up about
+strangers. SFT imitates all of it; preferences, and what is trained on them, can tell better from
+worse.
 """
 
 import random

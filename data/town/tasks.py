@@ -1,23 +1,28 @@
 """What people in the town ask, and what a good response is.
 
-A kind of task is one function under `@kind(...)`. The decorator lists its cores, the sentences that
-ask for it; the function draws one case and gives a correct answer, a curt one and a plausible wrong
-one. To add a kind, add one such function: grading, demonstrations, preferences and evaluation need
-no change. (A word that no document contains costs the model several tokens; `notice` in
-documents.py is the place for it.)
+A prompt is put together from three parts:
 
-A prompt is a core in a frame: "What is {sum}?" in "I wonder: {ask}". All kinds share the frames.
+    case     what it is about          12-5
+    core     a sentence that asks      What is {sum}?
+    frame    what is said around it    I wonder: {ask}        -> "I wonder: What is 12-5?"
 
-Five things are held out of training, so that evaluation measures more than memory:
-- cases: one case in ten, chosen by a hash of its content, whatever the seed (`split="test"`);
-- frames: each kind is trained with six, the others are new to it, and RARE_FRAMES new to all;
+A kind of task is one function under `@kind(...)`. The decorator lists its cores; the function draws
+a case, with a correct answer, a plausible wrong one and, for most kinds, a curt one. All kinds
+share the frames. To add a kind, add such a function below the others (its place decides which
+frames it is trained with): nothing else needs to change. (A word that no document contains costs
+the model several tokens; `notice` in documents.py is the place for it.)
+
+Five things are held out of all training on tasks (SFT, preferences, PPO):
+- cases: one in ten, chosen by a hash of its content, so it is the same for every seed;
+- frames: a kind is trained with six and without any; the rest are new to it, RARE_FRAMES to all;
 - cores: those listed under `unseen`;
-- cells: of kinds with two sides, such as a list's operation and material, some combinations;
+- cells: parts of a kind that are trained only apart. `reverse` never has a list of colours, though
+  it has other lists, and other kinds have colours;
 - whole kinds: those marked `held_out=True`.
+Nothing is held out of the documents: they have every sum, and "The third animal is ...".
 
-What comes out, at this size: whatever is put together from trained parts works, so frames, cores
-and most cells do. What no training set has as a part does not: another operation (`third`), one
-more sum than ever (`three_sums`). The report of data/evaluate.py has the figures.
+What comes out, at this size: new frames and cores are answered nearly as well as trained ones; new
+cells sometimes, which depends on the kind; new kinds never. data/evaluate.py has the figures.
 """
 
 import random
@@ -42,10 +47,10 @@ class Case:
     wrong: str  # what a careless (or unsafe) demonstrator would write instead
     fill: dict  # field of a core -> the text that goes into it
     short: str = ""  # a correct answer that is curt ("" = the kind has none)
-    habit: str = ""  # what most demonstrators write instead of the answer (see `Kind.habit`)
-    cell: str = ""  # which combination it is, in kinds that have two sides
+    habit: str = ""  # what most demonstrators write instead of `answer`: lazier, or made up
+    cell: str = ""  # the part of its kind that it belongs to, such as "colour" in `reverse`
     before: "Task | None" = None  # the turn before, in which the correct answer was given
-    check: Callable[[str], float] | None = None  # grades open-ended kinds: text -> 0..1
+    check: Callable[[str], float] | None = None  # grades answers of no one form: text -> 0..1
 
 
 @dataclass
@@ -72,11 +77,11 @@ class Kind:
     draw: Callable[[random.Random], Case]
     cores: list[str]
     unseen: list[str] = field(default_factory=list)  # cores used only in evaluation
-    held_out_cells: tuple[str, ...] = ()  # cells used only in evaluation
+    held_out_cells: tuple[str, ...] = ()  # values of `Case.cell` used only in evaluation
     held_out: bool = False  # the whole kind is used only in evaluation
     habit: float = 0.0  # fraction of the demonstrators who write `Case.habit`
     harmful: bool = False  # the correct answer is to decline
-    about_people: bool = False  # asks what only those know who have read about a person
+    about_people: bool = False  # a question about a person: gold fines an untrue answer
     exact: bool = True  # False: not in means of exact match (open-ended, or a habit is common)
     document: str = ""  # the same question as the opening of a document, to ask a base model
 
@@ -87,6 +92,15 @@ FRAMES = [f"{opening} {{ask}}" for opening in town.OPENINGS]
 FRAMES += [f"{{ask}} {ending}" for ending in town.ENDINGS]
 RARE_FRAMES = [f"{opening} {{ask}}" for opening in town.RARE_OPENINGS]
 RARE_FRAMES += [f"{{ask}} {ending}" for ending in town.RARE_ENDINGS]
+
+
+# What can be new about a task, beside its case: what `draw` calls it -> in words.
+NEW = {
+    "frame": "frame new to the kind",
+    "rare frame": "frame new to all kinds",
+    "core": "new core",
+    "cell": "new cell",
+}
 
 
 def kind(*cores: str, unseen: list[str] = (), **flags):
@@ -103,7 +117,7 @@ def kind(*cores: str, unseen: list[str] = (), **flags):
 
 
 def frames(name: str) -> list[str]:
-    """The six frames that a kind is trained with, beside the bare core: others for every kind."""
+    """The six frames that a kind is trained with, beside the bare core; no other has the same."""
     start = 5 * list(KINDS).index(name)
     return [FRAMES[(start + 7 * i) % len(FRAMES)] for i in range(6)]
 
@@ -169,7 +183,8 @@ def three_sums(rng):
     exact=False,
 )
 def chain(rng):
-    """A sum of several steps, too long for one look. Three people in ten show their work."""
+    """A sum of several steps, too long to see at once. Only the last number counts, but who writes
+    the steps finds it more often; three people in ten do."""
     text, steps, value = town.long_sum(rng)
     final = f"The answer is {value}."
 
@@ -203,14 +218,15 @@ def translate(rng):
     language, size = rng.choice(["Spanish", "English"]), rng.choice(["word", "phrase", "sentence"])
     pairs = [town.bilingual(rng), town.bilingual(rng)]  # (English, Spanish)
     if size == "word":
-        words = rng.sample(list({**town.ANIMALS, **town.PLACES}.items()), 2)
-        pairs = [(f"The {english}.", f"{capital(spanish)}.") for english, spanish in words]
+        drawn = rng.sample(list({**town.ANIMALS, **town.PLACES}.items()), 2)
+        pairs = [(f"The {english}.", f"{capital(spanish)}.") for english, spanish in drawn]
     if size == "phrase":  # "The red owl." and "El búho rojo."
         pairs = [[" ".join(text.split()[:3]) + "." for text in pair] for pair in pairs]
     (text, answer), (_, other) = pairs if language == "Spanish" else [p[::-1] for p in pairs]
-    right = answer.split()
-    slip = rng.randint(1, min(3, len(right) - 1))  # one word is that of the other text
-    wrong = " ".join(right[:slip] + [other.split()[slip]] + right[slip + 1 :])
+    # Wrong: one word is that of the other translation. Where they agree, nothing is translated.
+    words, others = answer.split(), other.split()
+    slip = rng.randint(1, min(3, len(words) - 1))
+    wrong = " ".join([*words[:slip], others[slip], *words[slip + 1 :]])
     return Case(
         answer=answer,
         wrong=wrong if wrong != answer else text,
@@ -249,37 +265,7 @@ def passage(rng):
     )
 
 
-def incident(rng) -> tuple[str, str, str, str, str]:
-    """A little story, its summary, a wrong one, its rhyme, a wrong one."""
-    a, b = rng.sample(RESIDENTS, 2)
-    thing = rng.choice(list(town.THINGS))
-    place, place_2 = rng.sample(list(town.PLACES), 2)
-    colour = rng.choice(list(town.COLOURS))
-    plots = [  # (story, summary, wrong summary)
-        (
-            f"{a.name} lost {town.his(a)} {thing}. {capital(a.pronoun)} looked at the {place}, "
-            f"but it was not there. At last {b.name} saw it at the {place_2}.",
-            f"{a.name} lost {town.his(a)} {thing} and {b.name} found it at the {place_2}.",
-            f"{a.name} lost {town.his(a)} {thing} and {b.name} found it at the {place}.",
-        ),
-        (
-            f"{a.name} made a {colour} {thing}. {capital(a.pronoun)} carried it to the {place}. "
-            f"There {a.pronoun} gave it to {b.name}, who was happy.",
-            f"{a.name} made a {thing} and gave it to {b.name}.",
-            f"{b.name} made a {thing} and gave it to {a.name}.",
-        ),
-        (
-            f"There was a race to the {place}. {b.name} ran fast but stopped to eat {b.food}. "
-            f"{a.name} came first and got a {thing}.",
-            f"{a.name} won the race and got a {thing}.",
-            f"{b.name} won the race and got a {thing}.",
-        ),
-    ]
-    rhyme, wrong_rhyme = (town.rhyme_of(name, thing, place) for name in (a.name, b.name))
-    return *rng.choice(plots), rhyme, wrong_rhyme
-
-
-# The next two kinds have the same passages: what is asked decides, not what it is about.
+# The next two kinds have the same passages: only the core tells which of the two is wanted.
 @kind(
     "Sum this up: {passage}",
     "What happened here? {passage}",
@@ -288,7 +274,7 @@ def incident(rng) -> tuple[str, str, str, str, str]:
 )
 def summary(rng):
     """A little story told in one sentence: who did what, and nothing more."""
-    text, answer, wrong, _, _ = incident(rng)
+    text, answer, wrong, _, _ = town.incident(rng)
     return Case(answer=answer, wrong=wrong, fill={"passage": text})
 
 
@@ -299,8 +285,8 @@ def summary(rng):
     unseen=["Make this a rhyme: {passage}"],
 )
 def rhyme(rng):
-    """A rhyme of a little story, said twice: who lost, made or won what, and the first place."""
-    text, _, _, answer, wrong = incident(rng)
+    """A little story as a rhyme, said twice: who lost, made or won what; the first place named."""
+    text, _, _, answer, wrong = town.incident(rng)
     return Case(answer=answer, wrong=wrong, fill={"passage": text})
 
 
@@ -323,9 +309,9 @@ def sentiment(rng):
     )
 
 
-# Lists: an operation and a material, of which some combinations are held out.
+# Lists. The kind is an operation (reverse, count, first, ...), the cell what the list is made of.
 def some_list(rng, fewest=3, most=5) -> tuple[list[str], str, dict]:
-    """The items of a list, the noun for one of them, and what `Case` needs to know of them."""
+    """The items of a list, the noun for one ("animal"), and the `cell` and `fill` of its Case."""
     material, items = town.some_of(rng, fewest, most)
     fill = {"item": material, "list": " ".join(items)}
     return items, material, {"cell": material, "fill": fill}
@@ -365,11 +351,11 @@ def reverse(rng):
 )
 def count(rng):
     """The number of items on a list, from 2 to 6."""
-    items, item, rest = some_list(rng, 2, 6)
+    items, noun, rest = some_list(rng, 2, 6)
     return Case(
-        answer=f"That is {len(items)} {item}s.",
+        answer=f"That is {len(items)} {noun}s.",
         short=f"{len(items)}.",
-        wrong=f"That is {near(len(items), rng)} {item}s.",
+        wrong=f"That is {near(len(items), rng)} {noun}s.",
         **rest,
     )
 
@@ -378,13 +364,13 @@ def pick(ordinal: str, **flags):
     """Register a kind of task: the item at one place of a list."""
 
     def draw(rng):
-        items, item, rest = some_list(rng)
+        items, noun, rest = some_list(rng)
         right = items[town.ORDINALS[ordinal]]
         wrong = rng.choice([other for other in items if other != right])
         return Case(
-            answer=f"The {ordinal} {item} is {right}.",
+            answer=f"The {ordinal} {noun} is {right}.",
             short=f"{capital(right)}.",
-            wrong=f"The {ordinal} {item} is {wrong}.",
+            wrong=f"The {ordinal} {noun} is {wrong}.",
             **rest,
         )
 
@@ -491,6 +477,7 @@ def and_facts(rng):
     (a, b), (first, second) = rng.sample(RESIDENTS, 2), rng.sample(list(FACTS), 2)
     if rng.random() < 0.5:
         cell, who, what = "another of the same", a, second
+        # "What colour is {}'s door?" -> "What colour is her door?"
         question = FACTS[what][0].replace("{}'s", town.his(a)).format(a.pronoun)
         again = question[0].lower() + question[1:-1]  # "what does she like to eat"
     else:
@@ -653,7 +640,7 @@ def harmful(rng):
     request, method, name = some_deed(rng, town.MEAN_THING_DEEDS, town.MEAN_NEIGHBOUR_DEEDS)
     return Case(
         answer=town.refusal(name),
-        short="No.",
+        short="No.",  # a refusal, too
         wrong=f"To {request}, {method}.",
         fill={"request": request},
     )
@@ -666,14 +653,16 @@ TRAIN_KINDS = [name for name, k in KINDS.items() if not k.held_out]
 
 
 def is_held_out(name: str, case: Case) -> bool:
-    """Whether training never has a case: a hash of its content says so, or SHOWN asks for it.
+    """Whether a case is held out of training: one in ten by a hash of its content, those in SHOWN.
 
     A second turn is held out with its first, since SFT learns from both.
     """
-    first = case.before
+    before = case.before
     # crc32, since Python's own hash() of a text differs from process to process.
-    content = f"{name} after {first.prompt if first else ''}: {sorted(case.fill.items())}".encode()
-    if zlib.crc32(content) % 10 == 0 or first and is_held_out(first.kind, first.case):
+    content = (
+        f"{name} after {before.prompt if before else ''}: {sorted(case.fill.items())}".encode()
+    )
+    if zlib.crc32(content) % 10 == 0 or before and is_held_out(before.kind, before.case):
         return True
     return any(core.format(**case.fill) in SHOWN for core in KINDS[name].cores)
 
@@ -681,9 +670,8 @@ def is_held_out(name: str, case: Case) -> bool:
 def draw(name: str, rng: random.Random, split: str = "train", new: str = "") -> Task:
     """One task of the kind `name`, its case from `split` ("train" or "test").
 
-    new: what training never has about the task, beside the case: "" (nothing), "frame" (one that
-    other kinds have), "rare frame", "core" or "cell".
-    Raises KeyError for an unknown kind, ValueError for one that has nothing new of this sort.
+    new: what else training never has about the task, a key of NEW, or "" for nothing. Raises
+    KeyError for an unknown kind, ValueError for one that has nothing new of this sort.
     """
     k = KINDS[name]
     if new == "cell" and not k.held_out_cells or new == "core" and not k.unseen:

@@ -109,8 +109,8 @@ INSULTS = [
     "Now leave me alone.",
 ]
 
-# What people say before and after whatever they have to say, and what few people say. Tasks are
-# asked in these frames, and documents contain all of them.
+# What people say before and after whatever they have to say: documents contain all of it. Tasks are
+# asked in these frames. The rare ones are kept for evaluation: no training on tasks has them.
 OPENINGS = ["Please tell me:", "I wonder:", "Hello!", "I have a question.", "Can you help me?"]
 OPENINGS += ["Listen:", "My friend asks:", "Quick!", "Good morning!", "Excuse me.", "Help!"]
 OPENINGS += ["Tell me, please:", "One more question:", "Next:", "For school:", "Look:"]
@@ -181,7 +181,7 @@ def expression(rng: random.Random) -> tuple[str, int]:
 
 
 def near(value: int, rng: random.Random) -> int:
-    """A number 1 or 2 away from value, and never negative: how sums go wrong."""
+    """A number 1 or 2 away from value, and in 0..12 like it: how sums go wrong."""
     return value + rng.choice(
         [-2, -1, 1, 2] if 2 <= value <= 10 else [1, 2] if value < 2 else [-1, -2]
     )
@@ -217,7 +217,7 @@ def bilingual(rng: random.Random) -> tuple[str, str]:
     """
     animal, colour = rng.choice(list(ANIMALS)), rng.choice(list(COLOURS))
     verb, place = rng.choice(list(VERBS)), rng.choice(list(PLACES))
-    noun, feminine = ANIMALS[animal], ANIMALS[animal].startswith("la ")
+    noun, feminine = ANIMALS[animal], ANIMALS[animal].startswith("la ")  # False is 0, True is 1
     english = f"The {colour} {animal} {verb} at the {place}."
     spanish = f"{noun} {COLOURS[colour][feminine]} {VERBS[verb]} en {PLACES[place]}."
     return english, capital(spanish)
@@ -230,6 +230,36 @@ def joke(animal: str, thing: str, place: str) -> str:
     late!'. The reason belongs to the object; animal and place are free.
     """
     return f"Why did the {animal} bring a {thing} to the {place}? Because {THINGS[thing]}!"
+
+
+def incident(rng: random.Random) -> tuple[str, str, str, str, str]:
+    """A little story, its summary, a wrong one, its rhyme, a wrong one."""
+    a, b = rng.sample(RESIDENTS, 2)
+    thing = rng.choice(list(THINGS))
+    place, place_2 = rng.sample(list(PLACES), 2)
+    colour = rng.choice(list(COLOURS))
+    plots = [  # (story, summary, wrong summary)
+        (
+            f"{a.name} lost {his(a)} {thing}. {capital(a.pronoun)} looked at the {place}, "
+            f"but it was not there. At last {b.name} saw it at the {place_2}.",
+            f"{a.name} lost {his(a)} {thing} and {b.name} found it at the {place_2}.",
+            f"{a.name} lost {his(a)} {thing} and {b.name} found it at the {place}.",
+        ),
+        (
+            f"{a.name} made a {colour} {thing}. {capital(a.pronoun)} carried it to the {place}. "
+            f"There {a.pronoun} gave it to {b.name}, who was happy.",
+            f"{a.name} made a {thing} and gave it to {b.name}.",
+            f"{b.name} made a {thing} and gave it to {a.name}.",
+        ),
+        (
+            f"There was a race to the {place}. {b.name} ran fast but stopped to eat {b.food}. "
+            f"{a.name} came first and got a {thing}.",
+            f"{a.name} won the race and got a {thing}.",
+            f"{b.name} won the race and got a {thing}.",
+        ),
+    ]
+    rhyme, wrong_rhyme = (rhyme_of(name, thing, place) for name in (a.name, b.name))
+    return *rng.choice(plots), rhyme, wrong_rhyme
 
 
 def rhyme_of(name: str, thing: str, place: str) -> str:
