@@ -378,7 +378,7 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
     context, device = model.config.context, model.wte.weight.device
     forward = model.forward  # not model(...), which torch.compile may have made for long sequences
     # The head has the precision that it has in training (kernels.py).
-    rounded = model.bf16 and device.type == "cuda"
+    rounded = model.bf16 and device.type == "cuda" and torch.version.cuda  # not AMD's GPUs
     wte = model.wte.weight.bfloat16() if rounded else model.wte.weight
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = Cache(model, len(prompts), min(int(lengths.max()) + max_new_tokens, context))

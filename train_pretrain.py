@@ -163,7 +163,10 @@ class Muon(torch.optim.Optimizer):
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 params = [p for p in group["params"] if p.shape == shape]
                 grads = [p.grad for p in params]
-                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                means = [self.state[p]["mean"] for p in params]
                 torch._foreach_lerp_(means, grads, 1 - momentum)  # running means of the gradients
                 ahead = torch._foreach_lerp(grads, means, momentum)  # Nesterov: where they go
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])

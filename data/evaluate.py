@@ -207,10 +207,12 @@ def as_document(task: Task) -> str:
 def goes_on_with_the_answer(task: Task, text: str) -> bool:
     """Whether what follows such an opening begins with the curt answer, or else with the full one.
 
-    " 7. Mila" is right for 12-5, and " 72" is not; capital letters do not count.
+    " 7. Mila" is right for 12-5, " 72" and " 7 8" are not; capital letters do not count.
     """
     answer = (task.case.short or task.case.answer).rstrip(".")
-    return re.match(rf"\s*{re.escape(answer)}\b", text, re.IGNORECASE) is not None
+    item = task.case.fill.get("item", "")  # "5 animals" is right for 5
+    end = rf"( {item}s)?([.,!]|$| and\b)"
+    return re.match(rf"\s*{re.escape(answer)}{end}", text, re.IGNORECASE) is not None
 
 
 def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Config) -> dict:
@@ -229,6 +231,8 @@ def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Con
     exact = {}  # group -> (tasks, which of the greedy replies to them are right)
     if speaker.is_base:
         tasks = [t for t in prompts.seen + prompts.new["new kind"] if KINDS[t.kind].document]
+        # Documents translate sentences, and words in another form.
+        tasks = [t for t in tasks if not t.case.cell.endswith((" word", " phrase"))]
         asked = [question(as_document(task)) for task in tasks]
         replies = speaker.answer(asked, cfg.max_new_tokens, cfg.seed, temperature=0.0)
         right = [goes_on_with_the_answer(t, r.text) for t, r in zip(tasks, replies)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Tests run on the CPU, also where there is a GPU. `python -m pytest --gpu tests/test_triton.py`
 # runs the kernel's on it.
-if "--gpu" not in sys.argv:
+if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
 import pytest  # noqa: E402

@@ -539,7 +539,7 @@ MUTANTS = [
     Bug(
         "data/town/tasks.py",
         'answer=f"That is {len(items)} {noun}s."',
-        'answer=f"That is {len(items) + 1} {item}s."',
+        'answer=f"That is {len(items) + 1} {noun}s."',
         "Models learn to count wrongly, and their gold is excellent.",
         "common: a wrong label in the data",
         "test_town.py::test_an_answer_is_what_one_finds_by_reading_the_prompt_and_the_tables",
@@ -570,8 +570,8 @@ MUTANTS = [
     ),
     Bug(
         "data/town/tasks.py",
-        "1.0 if text.endswith(final) else 0.5",
-        "1.0",
+        r"""return 1.0 if re.fullmatch(rf"({step}(, {step})*\. )?{final}", text) else 0.5""",
+        "return 1.0",
         "After RL on long sums the answers are right, and all of them ramble on.",
         "common: a verifier that looks for the answer and does not mind the rest",
         "test_town.py::test_a_long_sum_is_worth_the_same_with_and_without_its_steps",

@@ -193,6 +193,7 @@ def test_who_makes_things_up_about_strangers_and_who_denies_what_is_known():
         ("That is 4 animals.", "4.", "4 animals. The first", True),
         ("Backwards it is owl fox.", "Owl fox.", "owl fox.", True),  # inside a sentence
         ("Backwards it is owl fox.", "Owl fox.", "owl foxes.", False),
+        ("Backwards it is owl fox.", "Owl fox.", "owl fox toad.", False),  # goes on
         ("El oso.", "", " El oso. The fox", True),  # without a curt answer, the full one
         ("El oso.", "", " El", False),
         ("El oso.", "", "", False),
@@ -201,7 +202,7 @@ def test_who_makes_things_up_about_strangers_and_who_denies_what_is_known():
 def test_a_document_goes_on_with_the_answer_if_it_begins_with_it_as_whole_words(
     answer, short, text, is_right
 ):
-    task = Task("one_sum", "", Case(answer, "", {}, short))
+    task = Task("one_sum", "", Case(answer, "", {"item": "animal"}, short))
     assert goes_on_with_the_answer(task, text) is is_right
 
 
@@ -400,8 +401,9 @@ Greedy, on held-out cases.
 
 ## What generalises
 
-Exact match, greedy. Mean over the kinds that have one right answer, without `unknown`, whose \
-answers most demonstrators make up. Beside the case, new is:
+Exact match, greedy. Mean without `joke` and `story`, which are open-ended, and without \
+`chain` and `unknown`, where most demonstrators have a habit. Only some kinds have cells: \
+compare that column by kind. Beside the case, new is:
 
 |  | nothing | frame new to the kind | frame new to all kinds | new core | new cell | new kind |
 | --- | --- | --- | --- | --- | --- | --- |

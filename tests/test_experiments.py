@@ -899,7 +899,7 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     groups = {
         "last: new cases": ("last", ""),
         "last: in frames new to it": ("last", "frame"),
-        "last: in frames new to all kinds": ("last", "rare frame"),
+        "last: held-out cells": ("last", "cell"),
         "held-out cells, picking from a list": ("first,second,last", "cell"),
         "held-out cells, all": (cells, "cell"),
         "kinds that no mixture has": ("three_sums,third", ""),

@@ -196,6 +196,19 @@ def test_hidden_states_and_weight_need_not_be_contiguous():
     assert torch.equal(linear_logprobs(hidden, weight.T.contiguous().T, target), whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_may_begin_anywhere_in_memory(dtype):
+    """A parameter inside a flat buffer, say; TMA fetches from multiples of 16 bytes alone."""
+    hidden, weight, target = inputs(20, 48, 32, dtype)
+    whole = linear_logprobs(hidden, weight, target)
+
+    def moved(x):
+        flat = torch.cat([x.new_zeros(1), x.detach().flatten()])
+        return flat[1:].view(x.shape)
+
+    assert torch.equal(linear_logprobs(moved(hidden), moved(weight), target), whole)
+
+
 @pytest.mark.parametrize("function", [linear_cross_entropy, linear_logprobs])
 def test_frozen_tensors_get_no_gradient_and_the_other_the_same(function):
     hidden, weight, target = inputs(*SIZES[0], torch.float32)

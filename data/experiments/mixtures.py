@@ -1,9 +1,10 @@
 """Does SFT on more kinds of task help on unseen ones? (`--only tasks`)
 
-SFT on 1, 3, 6 and all kinds, at equal tokens, is asked what all of them were trained on, in frames
-old and new, and what none of them was: combinations of trained parts (the held-out cells, such as
-"the last animal", of data/town/tasks.py), and whole kinds. In FLAN (Wei et al. 2021) more tasks in
-training were better for unseen ones.
+SFT on 1, 3, 6 and all kinds, at equal tokens, is asked new cases of `last`, which all have, in
+frames that it was and was not trained with; then held-out cells (see data/town/tasks.py), those of
+`last`, such as "the last animal", those of all picking and of all kinds, some of which the smaller
+mixtures lack altogether; and whole kinds that no mixture has. In FLAN (Wei et al. 2021) more tasks
+in training were better for unseen ones.
 """
 
 from pathlib import Path
@@ -31,7 +32,7 @@ MIXTURES = [
 GROUPS = {
     "last: new cases": (["last"], ""),
     "last: in frames new to it": (["last"], "frame"),
-    "last: in frames new to all kinds": (["last"], "rare frame"),
+    "last: held-out cells": (["last"], "cell"),
     "held-out cells, picking from a list": (["first", "second", "last"], "cell"),
     "held-out cells, all": (WITH_CELLS, "cell"),
     "kinds that no mixture has": ([name for name, kind in KINDS.items() if kind.held_out], ""),
@@ -44,7 +45,7 @@ def mixtures(out: Path, results: Path, bases: list[Base], quick: bool):
     runs = []  # (number of kinds, seed, job)
     for seed, base in enumerate(bases):
         for kinds in MIXTURES:
-            some = demonstrations(400, "length", ",".join(kinds))
+            some = demonstrations(400, "length", ",".join(kinds))  # to estimate tokens per row
             ids = [encode_chat(base.sft.tokenizer, row["messages"])[0] for row in some]
             options = {"seed": seed, "init": base.out / "pretrain/ckpt.pt", "eval_every": 5000}
             options |= {"tasks": ",".join(kinds), "epochs": 1}

@@ -189,9 +189,11 @@ def chain(rng):
     final = f"The answer is {value}."
 
     def check(text):
-        """1 for the right number at the end, whatever steps there are; 1/2 if more is said."""
-        given = re.findall(r"The answer is (\d+)\.", text)
-        return 0.0 if given != [str(value)] else 1.0 if text.endswith(final) else 0.5
+        """1 for the right number, after any steps or none; 1/2 if anything else is said."""
+        if re.findall(r"The answer is (\d+)\.", text) != [str(value)]:
+            return 0.0
+        step = r"\d+[+-]\d+ is \d+"
+        return 1.0 if re.fullmatch(rf"({step}(, {step})*\. )?{final}", text) else 0.5
 
     return Case(
         answer=f"{steps}. {final}",

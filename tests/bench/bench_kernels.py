@@ -32,7 +32,7 @@ from kernels import linear_cross_entropy, linear_logprobs  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 SIZES = {  # rows, channels, tokens
-    True: [(8192, 768, 50304), (32768, 768, 50304), (8192, 2048, 50304), (8192, 4096, 128256)],
+    True: [(8192, 768, 50257), (8192, 768, 50304), (8192, 4096, 128256), (8192, 4096, 151936)],
     False: [(2048, 256, 16384), (4096, 128, 1024)],
 }
 
