@@ -578,8 +578,8 @@ MUTANTS = [
     ),
     Bug(
         "data/town/tasks.py",
-        "0.0 if given != [str(value)] else",
-        "0.0 if str(value) not in given else",
+        r"""if re.findall(r"The answer is (\d+)\.", text) != [str(value)]:""",
+        r"""if str(value) not in re.findall(r"The answer is (\d+)\.", text):""",
         "After RL on long sums the model says one answer after another until one is right.",
         "common: a verifier that takes any of several answers",
         "test_town.py::test_a_long_sum_is_worth_the_same_with_and_without_its_steps",
@@ -1804,7 +1804,7 @@ MUTANTS = [
     ),
     Bug(
         "kernels.py",
-        "return weight.to(hidden.dtype).contiguous()",
+        "return _aligned(weight.to(hidden.dtype))",
         "return weight.to(hidden.dtype)",
         "Losses on a GPU are nonsense for a table that is the transpose of another.",
         "common: a kernel that reads memory in the order of the tensor it was tested on",
@@ -1990,7 +1990,7 @@ MUTANTS = [
     ),
     Bug(
         "data/evaluate.py",
-        'return re.match(rf"\\s*{re.escape(answer)}\\b", text',
+        'return re.match(rf"\\s*{re.escape(answer)}{end}", text',
         'return re.match(rf"\\s*{re.escape(answer)}", text',
         "The base model adds better than it should: 12 passes for 1.",
         "common: a prefix taken for a word",
@@ -1998,8 +1998,8 @@ MUTANTS = [
     ),
     Bug(
         "data/evaluate.py",
-        'return re.match(rf"\\s*{re.escape(answer)}\\b", text',
-        'return re.search(rf"\\b{re.escape(answer)}\\b", text',
+        'return re.match(rf"\\s*{re.escape(answer)}{end}", text',
+        'return re.search(rf"\\b{re.escape(answer)}{end}", text',
         "The base model is right about whatever it says sooner or later.",
         "common: an answer that is looked for anywhere",
         "test_evaluate.py::test_a_document_goes_on_with_the_answer_if_it_begins_with_it_as_whole_words",

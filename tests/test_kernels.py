@@ -1,5 +1,7 @@
 """The fused head: values and gradients of full logits, in float64, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,23 @@ def test_frozen_hidden_or_weight_gets_no_gradient():
     (d_weight,) = gradients(linear_cross_entropy(hidden.detach(), weight, target), weight)
     (d_hidden,) = gradients(linear_cross_entropy(hidden, weight.detach(), target), hidden)
     torch.testing.assert_close((d_hidden, d_weight), full)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_logprobs])
+def test_hidden_states_and_weight_may_differ_in_dtype(function):
+    dtypes = [torch.bfloat16, torch.float32, torch.double]
+    for of_hidden, of_weight in itertools.permutations(dtypes, 2):
+        hidden, weight, target = inputs()
+        hidden, weight = (
+            x.detach().to(dtype).requires_grad_()
+            for x, dtype in ((hidden, of_hidden), (weight, of_weight))
+        )
+        dtype = torch.double if of_hidden == torch.double else torch.float32
+        result = function(hidden, weight, target).sum()
+        alike = function(hidden.detach().to(dtype), weight.detach().to(dtype), target).sum()
+        assert result.dtype == dtype and result.item() == pytest.approx(alike.item(), rel=1e-5)
+        grads = torch.autograd.grad(result, (hidden, weight))
+        assert [g.dtype for g in grads] == [of_hidden, of_weight]
 
 
 def test_target_out_of_range_is_an_error():

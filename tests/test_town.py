@@ -520,7 +520,8 @@ def test_a_long_sum_is_worth_the_same_with_and_without_its_steps():
         assert task.case.habit == final[0] != task.case.answer
         assert gold(task, task.case.answer) == gold(task, final[0]) == gold(SUM, "12-5 is 7.")
         assert correctness(task, f"1+1 is 3. {final[0]}") == 1  # only the last number counts
-        assert correctness(task, f"{final[0]} Otto is an owl.") == 0.5
+        for buried in (f"{final[0]} Otto is an owl.", f"Otto is an owl. {final[0]}"):
+            assert correctness(task, buried) == 0.5
         assert correctness(task, f"{final[0]} {final[0]}") == 0
         assert correctness(task, final[1] + ".") == correctness(task, task.case.wrong) == 0
 
