@@ -38,7 +38,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data.chat import encode_prompt, pad, question, sample_replies, transcript
+from data.chat import encode_prompt, one_line, pad, question, sample_replies, transcript
 from data.files import held_out, keep_fitting, read_prompts
 from data.gpt2 import load_init
 from data.run import (
@@ -520,7 +520,7 @@ def main(cfg: Config) -> dict:
             greedy = {"proxy": proxy.mean().item(), **mean_gold(test_rows, replies)}
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
             run.report(iteration, *REPORTED)
-            run.say(f"    > {test_rows[0]['messages'][-1]['content']}\n    {replies[0].text}")
+            run.say(f"    > {one_line(test_rows[0]['messages'])}\n    {replies[0].text}")
 
     # ---- results: what it says to some prompts
     assert checksum(ref) == ref_before, "the reference must not move"

@@ -228,7 +228,7 @@ def main(cfg: Config) -> dict:
     print(f"{report['pairs']} held-out pairs: {'  '.join(numbers)}")
     samples = ""
     for row, c, r in list(zip(test_rows, chosen, rejected))[:12]:
-        samples += f"> {row['messages'][-1]['content']}\n"
+        samples += f"> {one_line(row['messages'])}\n"
         samples += f"{c:+.2f} chosen    {row['chosen']}\n{r:+.2f} rejected  {row['rejected']}\n\n"
     run.finish(model, samples, report=report)
     return report

@@ -25,6 +25,11 @@ def question(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
+def one_line(messages: list[dict]) -> str:
+    """A conversation as people read it: "What is 7+1? / 7+1 is 8. / And 2 more?"."""
+    return " / ".join(message["content"] for message in messages)
+
+
 def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     """Ids of a conversation up to where the assistant speaks: ... <|user|> text <|assistant|>."""
     ids, _ = encode_chat(tokenizer, messages)
@@ -172,7 +177,7 @@ def sample_replies(
 def transcript(model: GPT, tokenizer, conversations, max_new_tokens: int, seed: int) -> str:
     """One sampled response to each conversation, for samples.txt: none is cherry-picked.
 
-    Each entry is the last message, as in "> What is 4-2?", followed by the response. A conversation
+    Each entry is the conversation, as in "> What is 4-2?", followed by the response. A conversation
     that fills the context gets none: after a training run that is no reason to fail.
     """
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
@@ -182,5 +187,5 @@ def transcript(model: GPT, tokenizer, conversations, max_new_tokens: int, seed: 
     text = ""
     for messages, fit in zip(conversations, fits):
         response = next(replies).text if fit else "(no room in the context for a response)"
-        text += f"> {messages[-1]['content']}\n{response}\n\n"
+        text += f"> {one_line(messages)}\n{response}\n\n"
     return text

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data.chat import Reply, pad, question, sorted_batches
+from data.chat import Reply, one_line, pad, question, sorted_batches
 from data.gpt2 import is_gpt2
 from data.metrics import interval, mean_or_none
 from data.run import COLOURS, STAGES, run_script, start
@@ -441,7 +441,7 @@ def markdown(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]
         "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
     )
     for i, messages in enumerate(prompts):
-        text += f"**{' / '.join(message['content'] for message in messages)}**\n\n"
+        text += f"**{one_line(messages)}**\n\n"
         text += table(
             ["stage", "response"],
             [

@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.chat import encode_prompt, sample_replies
+from data.chat import encode_prompt, one_line, sample_replies
 from data.files import keep_fitting, read_preferences, read_prompts, read_rows, write_rows
 from data.gpt2 import load_init
 from data.run import run_path, run_script, start
@@ -175,7 +175,7 @@ def ask_human(conversations, pairs, out: Path, sampled_from: str):
         "are left out). Which response is better? 1 or 2; s to skip, q to quit."
     )
     for number, (messages, a, b) in enumerate(asked, 1):
-        said = " / ".join(message["content"] for message in messages)
+        said = one_line(messages)
         print(f"\n[{number}/{len(asked)}] {said}\n  1: {a.text}\n  2: {b.text}")
         answer = ""
         while answer not in ("1", "2", "s", "q"):

@@ -1893,7 +1893,7 @@ MUTANTS = [
     ),
     Bug(
         "data/preferences.py",
-        'said = " / ".join(message["content"] for message in messages)',
+        "said = one_line(messages)",
         'said = messages[-1]["content"]',
         'People judge answers to "And 2 more?" without knowing more than what.',
         "common: an interface for annotators that shows one message",

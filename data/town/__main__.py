@@ -3,6 +3,7 @@
 import random
 import textwrap
 
+from data.chat import one_line
 from data.run import run_script
 from data.town.demonstrations import demonstrate
 from data.town.documents import DOCUMENTS
@@ -22,8 +23,9 @@ response of the model after SFT (train_sft.py), and 1 is one standard deviation 
 
 def show(title: str, task: Task, responses: list[str]):
     """Print a conversation up to its prompt, and the responses with their gold, best first."""
-    asked = " / ".join(message["content"] for message in task.messages)
-    print(textwrap.fill(f"{title}: {asked}", width=100, subsequent_indent=" " * 4))
+    print(
+        textwrap.fill(f"{title}: {one_line(task.messages)}", width=100, subsequent_indent=" " * 4)
+    )
     for text in sorted(responses, key=lambda text: -gold(task, text)):
         habit = f"  ({KINDS[task.kind].habit:.0%} say this)" if text == task.case.habit else ""
         line = f"    {gold(task, text):+.2f}  {text}{habit}"
