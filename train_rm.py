@@ -32,6 +32,7 @@ from data.chat import (
     encode_prompt,
     encode_reply,
     length_batches,
+    one_line,
     pad,
     sample_replies,
     sorted_batches,
