@@ -214,12 +214,12 @@ def test_a_prompt_that_fills_the_context_is_a_clear_error(tiny):
         sample_replies(tiny, Letters(), [[1], [1] * 24], 6, seed=0)
 
 
-def test_a_transcript_has_the_last_message_of_each_conversation_and_one_response(tiny):
+def test_a_transcript_has_each_conversation_whole_and_one_response(tiny):
     before = [*question("AB"), {"role": "assistant", "content": "C"}]
     conversations = [question("KLM"), [*before, *question("NO")], question("P" * 30)]
     prompts = [[6, 10, 11, 12, 7], [6, 0, 1, 7, 2, 5, 6, 13, 14, 7]]
     first, second = sample_replies(tiny, Letters(), prompts, 8, seed=4)
     assert transcript(tiny, Letters(), conversations, 8, seed=4) == (
-        f"> KLM\n{first.text}\n\n> NO\n{second.text}\n\n"
+        f"> KLM\n{first.text}\n\n> AB / C / NO\n{second.text}\n\n"
         f"> {'P' * 30}\n(no room in the context for a response)\n\n"
     )
