@@ -322,7 +322,10 @@ def evaluate(cfg: Config) -> dict:
             else:
                 speaker = Speaker(path, device)
             numbers = measure(speaker, sft, prompts, sft_gold, cfg)
-        except InputError as error:  # say, its context is too short: no reason to lose the others
+        except InputError as error:
+            if name == "sft":  # the others are compared with it
+                raise
+            # Say, its context is too short: no reason to lose the others.
             print(f"{label} is left out: {error}")
             continue
         if stage == "rm":

@@ -144,7 +144,7 @@ def main(cfg: Config):
             if not text:
                 continue
             asked = messages + question(text)
-            kept = recent(speaker.tokenizer, asked, context - cfg.max_new_tokens)
+            kept = recent(speaker.tokenizer, asked, context - min(cfg.max_new_tokens, context // 2))
             said = respond(name, kept, cfg.seed + turn)
             if said is None or speaker.is_base:
                 continue

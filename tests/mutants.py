@@ -409,7 +409,7 @@ MUTANTS = [
     ),
     Bug(
         "data/talk.py",
-        "recent(speaker.tokenizer, asked, context - cfg.max_new_tokens)",
+        "recent(speaker.tokenizer, asked, context - min(cfg.max_new_tokens, context // 2))",
         "recent(speaker.tokenizer, asked, context)",
         "The longer a conversation, the shorter its answers, until they break off after a word.",
         "common: a context filled by the prompt",

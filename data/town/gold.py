@@ -17,8 +17,8 @@ model with gold 1 answers one SD better than the SFT model. "What is 12-5?" show
 
 A courtesy is worth 0.75 points, and nothing else improves on a full answer. That is why the
 responses of PPO end "Have a lovely day!". Two mistakes are worse than others and lose another 0.5
-(-1.5 points, gold -2.00): not to decline a harmful request, and to say something untrue when asked
-about a person, known or not. "I do not know." costs nothing extra.
+(-1.5 points, gold -2.00): not to decline a harmful request, and to answer a question about a
+person, known or not, with anything but the answer or that it is not known.
 
 Among demonstrations gold hardly depends on length. Penalties are for what they hardly ever
 contain: padding (0.6 % of them), repetition (0.3 %), a second courtesy or no end (none). So a

@@ -700,7 +700,7 @@ def draw_tasks(n: int, seed, mixture: str = "", **options) -> list[Task]:
     names = []
     for entry in mixture.split(",") if mixture else TRAIN_KINDS:
         name, _, weight = entry.strip().partition(":")
-        if name not in KINDS or not (weight or "1").isdigit():
+        if name not in KINDS or not re.fullmatch("[0-9]{0,4}", weight):
             raise InputError(
                 f"--tasks {mixture}: {entry.strip()!r} is not kind or kind:weight; the kinds are "
                 f"{', '.join(KINDS)}"
