@@ -293,7 +293,7 @@ def said(model, tokenizer, texts, cfg):
     prompts = [encoded(tokenizer, turns, opened=True) for turns in conversations]
     replies = sample_replies(model, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
     pairs = zip(conversations, replies)
-    return "".join(f"> {turns[-1]}\n{reply.text}\n\n" for turns, reply in pairs)
+    return "".join(f"> {' / '.join(turns)}\n{reply.text}\n\n" for turns, reply in pairs)
 
 
 def on_screen(log, cfg, unit, *columns):
@@ -629,7 +629,7 @@ def test_the_reward_model_is_what_it_is_by_hand(
     report, table = judge(chosen, rejected, test_rows, model.reward_sd.item())
     samples = ""
     for row, c, r in zip(test_rows, chosen, rejected):
-        samples += f"> {row['turns'][-1]}\n{c:+.2f} chosen    {row['chosen']}\n"
+        samples += f"> {' / '.join(row['turns'])}\n{c:+.2f} chosen    {row['chosen']}\n"
         samples += f"{r:+.2f} rejected  {row['rejected']}\n\n"
     assert_same_run(cfg, "rm", plots, log, model, samples, cost)
     assert log[0]["grad_norm"] > cfg.grad_clip and len(log) % cfg.eval_every
