@@ -118,8 +118,11 @@ def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch
         )
     logs = [(tmp_path / n / stage / "log.csv").read_text().splitlines() for n in ("one", "two")]
     assert logs[0][0] == logs[1][0] and len(logs[0]) == len(logs[1])
-    for line in zip(*(log[1:] for log in logs)):
+    accuracy = logs[0][0].split(",").index("accuracy") if stage == "dpo" else None
+    for step, line in enumerate(zip(*(log[1:] for log in logs))):
         a, b = ([float(x or 0) for x in row.split(",")] for row in line)
+        if step == 0 and accuracy:  # all margins are 0 but for rounding: any accuracy will do
+            a[accuracy] = b[accuracy]
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
 
 
