@@ -381,7 +381,7 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_results(chain, tmp_path, pro
     out = f"--out={disk}/out"
     command = {
         "preferences": ["-m", "data.preferences", out, "--pairs=3000", "--max_new_tokens=20"],
-        "evaluate": ["-m", "data.evaluate", out, "--prompts=30", "--n=2", "--max_new_tokens=4"],
+        "evaluate": ["-m", "data.evaluate", out, "--prompts=46", "--n=2", "--max_new_tokens=4"],
         "export": ["gpt.py", out, f"--export={disk}/exported"],
     }.get(program)
     if command is None:
