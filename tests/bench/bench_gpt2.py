@@ -1,6 +1,6 @@
 """Time pretraining, sampling and PPO at the size of GPT-2: 124M parameters, context 1024, bfloat16.
 
-    python tests/bench/bench_gpt2.py         some minutes on a GPU, no network; out/bench_gpt2.json
+    python tests/bench/bench_gpt2.py         for a GPU; no network; out/bench_gpt2.json
     python tests/bench/bench_gpt2.py --only muon sampling
     python tests/bench/bench_gpt2.py --tiny  to try the script itself, on a CPU in about a minute
 
