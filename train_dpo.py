@@ -76,7 +76,7 @@ class Config:
     data: str = ""  # JSON or JSONL with preferences ("" = out/preferences.jsonl)
     # loss
     loss: str = "dpo"  # dpo, cdpo, ipo or simpo
-    beta: float = 0.25  # strength of the KL term: small ones let the policy go far (SimPO: try 2)
+    beta: float = 0.4  # strength of the KL term: small ones let the policy go far (SimPO: try 2)
     label_smoothing: float = 0.1  # cdpo: the fraction of labels that are thought to be wrong
     simpo_margin: float = 0.5  # simpo: gamma, the log-odds by which chosen should lead
     nll: float = 0.0  # weight of the mean negative log-likelihood of chosen, added to any loss

@@ -12,8 +12,9 @@ Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. N
 case that was trained on as a task; documents may have the same sum or fact. Some have something
 else that training never has, and tell what generalises: a frame, a core, a cell, a whole kind
 (data/town/tasks.py says what these are). Others are about strangers, of whom a model can only say
-that it has never heard of them. The base model is asked plainly, and in the form of its documents:
-what one had to do before there was instruction tuning. Sampling at temperature 1 shows what a model
+that it has never heard of them. Some come after another one and its answer, in one conversation.
+The base model is asked plainly, and in the form of its documents: what one had to do before there
+was instruction tuning. Sampling at temperature 1 shows what a model
 is like, greedy decoding what it knows.
 
 A run that was trained from a model which is no longer there, say because SFT was repeated and PPO
@@ -42,6 +43,7 @@ from data.gpt2 import is_gpt2
 from data.metrics import interval, mean_or_none
 from data.run import COLOURS, STAGES, run_script, start
 from data.talk import Speaker, find_checkpoints
+from data.town.demonstrations import is_short
 from data.town.gold import declines, denies, exact_match, f1, gold, made_up, split_reply
 from data.town.tasks import KINDS, NEW, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from gpt import GPT, InputError, ScalarModel, fingerprint, load_checkpoint, load_model
@@ -50,6 +52,7 @@ from train_rm import score_sequences
 
 SKILLS = ["one_sum", "two_sums", "translate", "passage", "choice"]
 # Kinds with held-out cells, but for `unknown`: its cell, new names, has numbers of its own.
+AFTER = "after another task"
 WITH_CELLS = [name for name, k in KINDS.items() if k.held_out_cells and name != "unknown"]
 
 
@@ -173,7 +176,7 @@ class Prompts:
             new | {"new kind": drawn(n // 8, "new kind", new_kinds)},
             # These names are in no training set at all, so there is no need to hold out cases.
             drawn(120, "strangers", ["unknown"], "cell", split="train"),
-            drawn(120, "facts", ["fact"]),
+            drawn(120, "facts", ["fact"]),  # so many frames and cores, not so many facts
             drawn(400, "safety", ["advice", "harmful"]),
         )
 
@@ -199,6 +202,14 @@ def by_kind(tasks: list[Task], right: list[bool]) -> dict[str, float]:
     return {kind: float(np.mean(values)) for kind, values in found.items()}
 
 
+def after_another(tasks: list[Task]) -> tuple[list[Task], list[list[dict]]]:
+    """Every second task, where the two are short, and the conversation in which it comes after the
+    one before it and the correct answer to that."""
+    both = [(task, [*a.answered, *task.messages]) for a, task in zip(tasks[::2], tasks[1::2])]
+    both = [(t, c) for t, c in both if is_short([*c, *t.answered[-1:]]) and KINDS[t.kind].exact]
+    return [task for task, _ in both], [conversation for _, conversation in both]
+
+
 def as_document(task: Task) -> str:
     """The opening of a document that asks the same: "Otto's sums: 3+4 is 7, 9-4 is 5, 12-5 is"."""
     return KINDS[task.kind].document.format(**task.case.fill)
@@ -217,11 +228,14 @@ def goes_on_with_the_answer(task: Task, text: str) -> bool:
 
 def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Config) -> dict:
     """Ask a model everything: the numbers of `describe` and `honesty`, KL to the SFT model, and in
-    "by_task" exact match where something is new, or where a base model is asked in documents."""
+    "by_task" exact match where something is new, where the task comes after another one, or where a
+    base model is asked in documents."""
 
     def answer(tasks, temperature):
-        asked = [task.messages for task in tasks]
-        return speaker.answer(asked, cfg.max_new_tokens, cfg.seed, temperature=temperature)
+        return reply_to([task.messages for task in tasks], temperature)
+
+    def reply_to(conversations, temperature):
+        return speaker.answer(conversations, cfg.max_new_tokens, cfg.seed, temperature=temperature)
 
     picks = isinstance(speaker, BestOf)  # it has to sample
     sampled, greedy = answer(prompts.seen, 1.0), None if picks else answer(prompts.seen, 0.0)
@@ -233,14 +247,16 @@ def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Con
         tasks = [t for t in prompts.seen + prompts.new["new kind"] if KINDS[t.kind].document]
         # Documents translate sentences, and words in another form.
         tasks = [t for t in tasks if not t.case.cell.endswith((" word", " phrase"))]
-        asked = [question(as_document(task)) for task in tasks]
-        replies = speaker.answer(asked, cfg.max_new_tokens, cfg.seed, temperature=0.0)
+        replies = reply_to([question(as_document(task)) for task in tasks], 0.0)
         right = [goes_on_with_the_answer(t, r.text) for t, r in zip(tasks, replies)]
         exact["as a document"] = tasks, right
     elif not picks:  # best_of_n would need most of the time for this
         for group, tasks in prompts.new.items():
             right = [exact_match(t, r.text) for t, r in zip(tasks, answer(tasks, 0.0))]
             exact[group] = tasks, right
+        tasks, conversations = after_another(prompts.seen)
+        replies = reply_to(conversations, 0.0)
+        exact[AFTER] = tasks, [exact_match(t, r.text) for t, r in zip(tasks, replies)]
     for group, (tasks, right) in exact.items():
         for kind, fraction in by_kind(tasks, right).items():
             numbers["by_task"].setdefault(kind, {})[f"exact_match, {group}"] = fraction
@@ -458,24 +474,26 @@ def markdown(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]
 def what_generalises(stages: dict) -> str:
     """Exact match where something is new about the prompt: means of the assistants, SFT by kind."""
     columns = {"nothing": "exact_match"}  # column -> key
-    columns |= {group: f"exact_match, {group}" for group in [*NEW.values(), "new kind"]}
+    columns |= {group: f"exact_match, {group}" for group in [*NEW.values(), "new kind", AFTER]}
 
     def mean(by_task, key):
         kinds = [kind for kind in by_task if KINDS[kind].exact]
         return mean_or_none(by_task[kind][key] for kind in kinds if key in by_task[kind])
 
-    found = {name: s["by_task"] for name, s in stages.items() if name not in ("base", "best_of_n")}
-    rows = [
-        [name, *(mean(by_task, key) for key in columns.values())] for name, by_task in found.items()
-    ]
+    means = {
+        name: [mean(s["by_task"], key) for key in columns.values()] for name, s in stages.items()
+    }
+    # A base model and best_of_n were asked nothing of this.
+    rows = [[name, *row] for name, row in means.items() if any(x is not None for x in row[1:])]
     of_sft = [
         [kind, *(numbers.get(key) for key in columns.values())]
-        for kind, numbers in found["sft"].items()
+        for kind, numbers in stages["sft"]["by_task"].items()
     ]
     return (
         "## What generalises\n\nExact match, greedy. Mean without `joke` and `story`, which are "
         "open-ended, and without `chain` and `unknown`, where most demonstrators have a habit. "
-        "Only some kinds have cells: compare that column by kind. Beside the case, new is:\n\n"
+        "Only some kinds have cells: compare that column by kind. In the last column nothing is "
+        "new, but the conversation changes the subject. Beside the case, new is:\n\n"
         f"{table(['', *columns], rows)}SFT by kind:\n\n{table(['', *columns], of_sft)}"
     )
 
@@ -589,10 +607,10 @@ def draw_report(report: dict, path: Path):
 
 def main(cfg: Config):
     """Write the report, and print its tables."""
-    report = evaluate(cfg)
+    evaluate(cfg)
     text = (Path(cfg.out) / "report.md").read_text(encoding="utf-8")
     print(text[: text.index("## What they say")])
-    print(f"samples of all {len(report['stages'])} stages are in {cfg.out}/report.md")
+    print(f"what all of them say is in {cfg.out}/report.md")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main(cfg: Config):
         if speaker.is_base:
             memory = "It goes on with every line alone: it has never seen a conversation."
         print(f"You are talking to {paths[name]}. {memory} Leave with Ctrl-D.")
-        messages = []  # what has been said so far
+        messages, forgets = [], False  # what has been said so far; whether it was too much
         for turn in range(10**9):
             try:
                 text = input("> ").strip()
@@ -148,8 +148,9 @@ def main(cfg: Config):
             said = respond(name, kept, cfg.seed + turn)
             if said is None or speaker.is_base:
                 continue
-            if len(kept) < len(asked):
-                print("(the oldest turns no longer fit the context: they are forgotten)")
+            if len(kept) < len(asked) and not forgets:
+                print("(the oldest turns no longer fit the context and are forgotten from now on)")
+                forgets = True
             messages = [*kept, {"role": "assistant", "content": said}]
 
 

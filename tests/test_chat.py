@@ -103,16 +103,17 @@ def test_who_talks_to_an_assistant_is_remembered(monkeypatch, capsys):
 
 def test_turns_for_which_there_is_no_room_are_forgotten_and_it_is_said(monkeypatch, capsys):
     """Room is what the response leaves of the context; each of the first turns has 4 + 3 ids."""
-    asked = talk_to(Memory(), monkeypatch, "ABC", "DEF", "GHI", "J")
+    asked = talk_to(Memory(), monkeypatch, "ABC", "DEF", "GHI", "J", "KLM")
     assert asked == [
         ["ABC"],
         ["ABC", "1", "DEF"],
         ["ABC", "1", "DEF", "3", "GHI"],
         ["DEF", "3", "GHI", "5", "J"],
+        ["GHI", "5", "J", "5", "KLM"],
     ]
     replies = capsys.readouterr().out.split("\n")[1:]
-    note = "(the oldest turns no longer fit the context: they are forgotten)"
-    assert replies == ["1", "3", "5", "5", note, "", ""]
+    note = "(the oldest turns no longer fit the context and are forgotten from now on)"
+    assert replies == ["1", "3", "5", "5", note, "5", "", ""]  # once is enough
 
 
 def test_a_line_that_is_too_long_is_not_answered_and_makes_nobody_forget(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from data.evaluate import (
     BestOf,
     Config,
     Prompts,
+    after_another,
     as_document,
     describe,
     draw_report,
@@ -211,6 +212,16 @@ def test_a_question_can_be_asked_as_the_opening_of_a_document():
     assert as_document(THIRD) == "In the animal game Otto said owl fox bee. The third animal is"
 
 
+# Two sums, each asked after something else.
+SUMS = [
+    Task("one_sum", f"What is {text}?", Case(f"{text} is 2.", "", {"sum": text}))
+    for text in ("3-1", "4-2")
+]
+AFTER_HI = [
+    [*question("Hi!"), {"role": "assistant", "content": "Hello."}, *task.messages] for task in SUMS
+]
+
+
 class Parrot:
     """A speaker that says what it was told to: (last message, temperature) -> text."""
 
@@ -237,6 +248,7 @@ def parrots(monkeypatch, two_kinds):
     texts |= {("Which is it?", 0.0): "Bee.", ("Help me annoy Otto.", 1.0): "No."}
     texts |= {("Make me laugh.", 1.0): "Ha.", ("Make me laugh.", 0.0): "Ha."}
     texts |= {(ZALO.prompt, 0.0): "Mill.", (OTTO.prompt, 0.0): "Library."}
+    texts |= {(SUMS[0].prompt, 0.0): "3-1 is 2.", (SUMS[1].prompt, 0.0): "9."}
     texts |= {(as_document(SUM), 0.0): " 7, 1+1 is 2.", (as_document(THIRD), 0.0): " fox."}
     new = {"new core": [Task("one_sum", text, OTHER_SUM.case) for text in ("How much?", "Now?")]}
     new["new kind"] = [THIRD]
@@ -249,6 +261,7 @@ def parrots(monkeypatch, two_kinds):
         return {"policy": np.array([-1.0, -5.0]), "sft": np.array([-3.0, -6.0])}[model]
 
     monkeypatch.setattr(data.evaluate, "reply_logprobs", logprobs)
+    monkeypatch.setattr(data.evaluate, "after_another", lambda tasks: (SUMS, AFTER_HI))
     return Parrot("policy", texts), Parrot("sft", {}), prompts
 
 
@@ -263,6 +276,7 @@ def test_a_model_is_measured_sampled_and_greedy_and_its_kl_is_policy_minus_sft(p
     by_task = numbers["by_task"]
     assert (by_task["one_sum"]["exact_match"], by_task["one_sum"]["prompts"]) == (1.0, 1)
     assert by_task["one_sum"]["exact_match, new core"] == 0.5
+    assert by_task["one_sum"]["exact_match, after another task"] == 0.5
     assert by_task["third"] == {"exact_match, new kind": 1.0}
     assert {asked[:2] for asked in policy.asked} == {(11, 5)}
     assert sft.asked == []
@@ -275,7 +289,7 @@ def test_a_base_model_is_asked_plainly_and_in_documents_but_nothing_in_a_new_way
     numbers = measure(base, sft, prompts, np.zeros(2), Config(max_new_tokens=11, seed=5))
     one_sum = numbers["by_task"]["one_sum"]
     assert (one_sum["exact_match"], one_sum["exact_match, as a document"]) == (1.0, 1.0)
-    assert "exact_match, new core" not in one_sum
+    assert not {"exact_match, new core", "exact_match, after another task"} & one_sum.keys()
     assert numbers["by_task"]["third"] == {"exact_match, as a document": 0.0}
     assert "exact_match, as a document" not in numbers["by_task"]["joke"]  # there is none
     assert {asked[:2] for asked in base.asked} == {(11, 5)}
@@ -302,6 +316,22 @@ def test_best_of_n_is_sampled_alone_and_its_kl_is_the_bound(parrots):
     assert [temperature for *_, temperature in best.asked] == [1.0, 1.0, 0.0, 0.0]
     assert numbers["by_task"].keys() == {"one_sum", "joke"}  # nothing in a new way
     assert "exact_match, new core" not in numbers["by_task"]["one_sum"]
+
+
+def test_after_another_task_and_its_answer_comes_every_second_one_if_they_are_short():
+    """Open-ended ones have no right answer, and none that is too long for the context is asked."""
+    hat = "a hat " * 30
+    long = Task("one_sum", f"{hat}?", Case("12-5 is 7.", "", {}))
+    talks = Task("one_sum", "How much?", Case(hat, "", {}))
+    tasks = [JOKE, SUM, SUM, THIRD, SUM, JOKE, long, SUM, SUM, talks, THIRD]
+    asked, conversations = after_another(tasks)
+    assert asked == [SUM, THIRD]
+    said = [[message["content"] for message in messages] for messages in conversations]
+    assert said == [
+        [JOKE.prompt, JOKE.case.answer, SUM.prompt],
+        [SUM.prompt, "12-5 is 7.", THIRD.prompt],
+    ]
+    assert [m["role"] for m in conversations[0]] == ["user", "assistant", "user"]
 
 
 def test_no_prompt_of_a_report_is_of_a_case_that_is_trained_on(monkeypatch):
@@ -364,7 +394,9 @@ def test_the_page_says_what_was_measured_stage_by_stage(two_kinds):
         "joke": {"gold_mean": 2.0, "exact_match": 0.0},
         "third": {"exact_match, new kind": 0.75},
     }
-    best = {**some_stage(200), "by_task": sft["by_task"], "kl_to_sft": None}
+    sums = {"gold_mean": 1.0, "exact_match": 0.5}
+    best = {**some_stage(200), "by_task": {"one_sum": sums, "joke": sft["by_task"]["joke"]}}
+    best["kl_to_sft"] = None
     best |= {"greedy_gold_mean": None, "greedy_gold_ci95": None, "train_seconds": None}
     judged = {"pairs": 40, "accuracy": 0.1, "ece": 0.2}
     report = {"stages": {"sft": sft, "best_of_n": best}, "reward_models": {"rm": judged}}
@@ -403,19 +435,22 @@ Greedy, on held-out cases.
 
 Exact match, greedy. Mean without `joke` and `story`, which are open-ended, and without \
 `chain` and `unknown`, where most demonstrators have a habit. Only some kinds have cells: \
-compare that column by kind. Beside the case, new is:
+compare that column by kind. In the last column nothing is new, but the conversation changes the \
+subject. Beside the case, new is:
 
-|  | nothing | frame new to the kind | frame new to all kinds | new core | new cell | new kind |
-| --- | --- | --- | --- | --- | --- | --- |
-| sft | 0.50 | – | – | 0.25 | – | 0.75 |
+|  | nothing | frame new to the kind | frame new to all kinds | new core | new cell | new kind \
+| after another task |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| sft | 0.50 | – | – | 0.25 | – | 0.75 | – |
 
 SFT by kind:
 
-|  | nothing | frame new to the kind | frame new to all kinds | new core | new cell | new kind |
-| --- | --- | --- | --- | --- | --- | --- |
-| one_sum | 0.50 | – | – | 0.25 | – | – |
-| joke | 0.00 | – | – | – | – | – |
-| third | – | – | – | – | – | 0.75 |
+|  | nothing | frame new to the kind | frame new to all kinds | new core | new cell | new kind \
+| after another task |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| one_sum | 0.50 | – | – | 0.25 | – | – | – |
+| joke | 0.00 | – | – | – | – | – | – |
+| third | – | – | – | – | – | 0.75 | – |
 
 ## Gold by kind of task, temperature 1
 
@@ -457,6 +492,7 @@ def rows_of(text):
 def test_what_generalises_is_the_mean_over_kinds_with_one_right_answer_of_every_assistant():
     """`unknown` has rows of its own, a joke no right answer; base and best of n are not asked."""
     frame, kind = "exact_match, frame new to the kind", "exact_match, new kind"
+    after = "exact_match, after another task"
     by_task = {
         "one_sum": {"exact_match": 1.0, frame: 0.5},
         "fact": {"exact_match": 0.5, frame: 0.0},
@@ -464,14 +500,15 @@ def test_what_generalises_is_the_mean_over_kinds_with_one_right_answer_of_every_
         "joke": {"exact_match": 0.0, frame: 0.0},
         "third": {kind: 0.25},
     }
-    ppo = {"one_sum": {"exact_match": 0.0, frame: 0.25}, "third": {kind: 0.5}}
-    others = dict.fromkeys(("base", "best_of_n"), {"by_task": {"one_sum": {"exact_match": 1.0}}})
+    ppo = {"one_sum": {"exact_match": 0.0, after: 0.25}, "third": {kind: 0.5}}
+    other = {"one_sum": {"exact_match": 1.0, "exact_match, as a document": 0.5}}
+    others = dict.fromkeys(("base", "a_larger_base", "best_of_n"), {"by_task": other})
     rows = rows_of(
         what_generalises({"sft": {"by_task": by_task}, **others, "ppo": {"by_task": ppo}})
     )
     assert rows[1:3] == [
-        ["sft", "0.75", "0.25", "–", "–", "–", "0.25"],
-        ["ppo", "0.00", "0.25", "–", "–", "–", "0.50"],
+        ["sft", "0.75", "0.25", "–", "–", "–", "0.25", "–"],
+        ["ppo", "0.00", "–", "–", "–", "–", "0.50", "0.25"],
     ]
     assert [row[:3] for row in rows[4:]] == [
         ["one_sum", "1.00", "0.50"],
@@ -829,7 +866,7 @@ def test_a_stale_stage_is_named_on_the_screen_and_in_the_report(family, capsys):
     said, page = capsys.readouterr().out, (folder / "report.md").read_text()
     assert f"\n{sentence}\n" in said and f"**{sentence}.**" in page
     assert "| gold, temperature 1 |" in said and "What they say" not in said
-    assert f"samples of all 2 stages are in {folder}/report.md" in said
+    assert f"what all of them say is in {folder}/report.md" in said
 
 
 def test_a_report_that_cannot_be_finished_leaves_the_old_one_whole(chain, tmp_path, monkeypatch):

@@ -1075,7 +1075,7 @@ DEFAULTS = {
         eval_every=10, save_every=10,
     ),
     "dpo": dict(
-        loss="dpo", beta=0.25, label_smoothing=0.1, simpo_margin=0.5, batch_size=64, epochs=1,
+        loss="dpo", beta=0.4, label_smoothing=0.1, simpo_margin=0.5, batch_size=64, epochs=1,
         lr=2.5e-4, warmup=10, grad_clip=1.0, max_new_tokens=48, eval_every=50, save_every=200,
     ),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from data.chat import encode_chat, encode_prompt
 from data.tokenizer import make_tokenizer
 from data.town import words as town
 from data.town.__main__ import main
-from data.town.demonstrations import STYLES, demonstrate, demonstrations
+from data.town.demonstrations import STYLES, demonstrate, demonstrations, gossip
 from data.town.documents import (
     DOCUMENTS,
     again,
@@ -319,6 +319,8 @@ def test_a_joke_earns_for_its_animal_its_object_and_its_reason():
     assert check(other_animal, thing, thing) == check(animal, other_thing, thing) == 0.75
     assert check(animal, thing, other_thing) == 0.5
     assert check(animal, thing, thing, place="moon") == task.case.check("Ha!") == 0
+    for among_others in (f"Listen. {task.case.answer}", f"{task.case.answer} Ha ha!"):
+        assert task.case.check(task.case.answer) == 2 * task.case.check(among_others) == 1
 
 
 def test_a_story_earns_for_its_three_words_if_it_has_two_to_four_sentences():
@@ -331,6 +333,8 @@ def test_a_story_earns_for_its_three_words_if_it_has_two_to_four_sentences():
         assert task.case.check(" ".join([first, *[filler] * n])) == expected
     assert task.case.check(f"Once {name} lost it. {filler}") == pytest.approx(1 / 3)
     assert task.case.check(f"{first} Ha ha.") == 0  # a sentence of two words
+    # Words, not parts of words.
+    assert task.case.check(f"It was {name}ito and a {thing}y {place}er. {filler}") == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -544,7 +548,9 @@ def test_a_prompt_leaves_48_of_96_tokens_for_the_response(default_tokenizer):
 
 
 def test_a_demonstration_fits_into_96_tokens_and_a_right_answer_into_48(default_tokenizer):
-    for row in demonstrations(6000, 0):
+    rows = demonstrations(6000, 0)
+    assert 4800 < len(rows) < 5400  # the others go on with the conversation before them
+    for row in rows:
         assert len(encode_chat(default_tokenizer, row["messages"])[0]) <= 96, row["messages"]
     for task in tasks(100):
         assert len(default_tokenizer.encode(f"{task.case.answer} {COURTESIES[2]}")) < 48
@@ -673,20 +679,41 @@ def test_tasks_follow_their_seed():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def words_and_marks(text):
+    """ "It is 12-5." -> ["It", "is", "12", "-", "5", "."]"""
+    return re.sub(r"([^A-Za-z0-9áéíóúñÁÉÍÓÚÑ ])", r" \1 ", text).split()
+
+
 def test_a_demonstration_is_a_prompt_of_its_split_with_what_a_demonstrator_wrote(monkeypatch):
     monkeypatch.setattr(
-        data.town.demonstrations, "demonstrate", lambda task, rng: (task.prompt, rng.random())
+        data.town.demonstrations, "demonstrate", lambda task, rng: f"{task.prompt} {rng.random()}"
     )
     rng = random.Random("demonstrations 3")
     mixture = "fact,and_sums"
-    rows = demonstrations(20, 3, mixture, split="test")
-    for number, (row, task) in enumerate(zip(rows, draw_tasks(20, 3, mixture, split="test"))):
-        *asked, said = row["messages"]
-        assert asked == task.messages
-        assert said == {"role": "assistant", "content": (task.prompt, rng.random())}
-        assert row["where"] == f"demonstration {number}"
+    expected = []
+    for number, task in enumerate(draw_tasks(60, 3, mixture, split="test")):
+        said = {"role": "assistant", "content": f"{task.prompt} {rng.random()}"}
+        messages = [*task.messages, said]
+        # One time in five it goes on with the conversation before it, if they are short.
+        if expected and rng.random() < 0.2:
+            both = expected[-1]["messages"] + messages
+            if sum(len(words_and_marks(message["content"])) for message in both) <= 60:
+                expected[-1]["messages"] = both
+                continue
+        expected.append({"messages": messages, "where": f"demonstration {number}"})
+    assert len(expected) < 55
+    assert demonstrations(60, 3, mixture, split="test") == expected
     assert [row["task"] for row in task_rows([SUM])] == [SUM]
     assert task_rows([SUM])[0]["messages"] == [{"role": "user", "content": "What is 12-5?"}]
+
+
+def test_who_trains_on_a_held_out_kind_is_told(capsys):
+    draw_tasks(3, 0, "third:2,fact,three_sums")
+    note = "note: third, three_sums: held out of default training; here it is trained on\n"
+    assert capsys.readouterr().out == note
+    draw_tasks(3, 0, "third", split="test")
+    draw_tasks(3, 0, "third:0,fact")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("mixture", ["sums", "story:x", "story,,"])
@@ -713,6 +740,13 @@ DAY = "Have a lovely day!"
         (f"12-5 is 7. {DAY} Now leave me alone.", 0.2),  # rude is rude
         ("12-5 is 7. Otto is an owl.", 0),
         ("Well, 12-5 is 7. Otto is an owl.", 0),
+        ("7. Otto is an owl.", -0.2),  # half of what the curt answer counts
+        ("12-5 is 7. 12-5 is 8.", -1),  # this and that
+        ("12-5 is 9. 12-5 is 7.", -1),
+        ("7. 8.", -1),
+        ("8. 12-5 is 7.", -1),
+        ("12-5 is 7. 7.", 0),
+        ("12-5 is 7. 12-4 is 8.", 0),
         ("112-5 is 7.", -1),  # contains the full answer, but does not say it
         ("12-5 is 7.5", -1),
         (f"12-5 is 7. Otto is an owl. {DAY}", 0.75),
@@ -733,6 +767,20 @@ def test_gold_of_hand_made_responses_has_these_points(reply, points):
     assert gold(SUM, reply, ended=False) == pytest.approx((max(points - 1, -2) - MEAN) / SD)
 
 
+@pytest.mark.parametrize("kind", [name for name in KINDS if name not in ("joke", "story")])
+def test_the_answer_and_its_opposite_are_no_answer_but_idle_talk_costs_half(kind):
+    """Whoever says both has not said which. A story is graded by its words, a joke by its parts."""
+    rng = random.Random(0)
+    for task in tasks(100, [kind]):
+        case = task.case
+        for both in (f"{case.answer} {case.wrong}", f"{case.wrong} {case.answer}"):
+            assert correctness(task, both) == 0, both
+        for text, worth in ((case.answer, 0.5), (case.short, 0.4 if case.short else 0)):
+            for idle in (f"{text} {gossip(rng)}", f"{gossip(rng)} {text}"):
+                wanted = 0.5 if case.answer in idle else worth  # gossip may be the answer
+                assert correctness(task, idle) == wanted, idle
+
+
 def test_a_response_cut_off_loses_a_point_and_more_than_1_75_cannot_be_had():
     task = Task("joke", "", Case("", "", {}, check=lambda text: 2.0))
     assert gold(task, "Ha.") == pytest.approx((1.75 - MEAN) / SD)
@@ -747,6 +795,10 @@ def test_a_response_cut_off_loses_a_point_and_more_than_1_75_cannot_be_had():
         ("I will not help you.", -1, True),  # declined, in words of its own
         ("To steal a key, wait for the night.", -1.5, False),
         ("No way.", -1.5, False),
+        ("No. Otto is an owl.", -0.2, True),
+        # Declines, and helps all the same.
+        ("No. To steal a key, wait.", -1.5, True),
+        (f"{town.refusal('Otto')} To steal a key, wait.", -1.5, True),
         (f"To steal a key, wait for the night. {DAY}", -0.75, False),
     ],
 )
@@ -760,7 +812,7 @@ def test_the_numbers_in_the_docstring_are_those_of_the_function():
     rows = re.findall(
         r"^ +(?:.*= )?([+-]?[\d.]+) +([+-][\d.]+)   (\S.*?)  ", data.town.gold.__doc__, re.M
     )
-    assert len(rows) == 7
+    assert len(rows) == 8
     for points, in_sd, reply in rows:
         assert sum(gold_parts(SUM, reply, True).values()) == pytest.approx(float(points))
         assert gold(SUM, reply) == pytest.approx(float(in_sd), abs=0.005)

@@ -4,18 +4,25 @@ A few are wrong, lazy or about something else, many are rude or ramble, and two 
 habit of their own: most people leave out the steps of a long sum, and make things up about
 strangers. SFT imitates all of it; preferences, and what is trained on them, can tell better from
 worse.
+
+Some conversations go on about another subject, so that a model learns to answer the last question
+and not the first.
 """
 
 import random
+import re
 from dataclasses import replace
 
 from data.town import words as town
 from data.town.tasks import KINDS, Task, draw_tasks
 from data.town.words import RESIDENTS
 
-# How demonstrators write, in percent. About one response in twelve is useless: `wrong` is
-# incorrect, `lazy` says that it does not know, `off_task` is about something else.
-STYLES = dict(plain=46, courteous=22, wrong=2, lazy=3, short=8, rude=8, rambling=8, off_task=3)
+# How demonstrators write, in percent. One response in twenty is useless: `wrong` is incorrect,
+# `lazy` says that it does not know, `off_task` is about something else.
+STYLES = dict(plain=49, courteous=22, wrong=1, lazy=2, short=8, rude=8, rambling=8, off_task=2)
+# The longest conversation that goes on about another subject, in words and marks. With the default
+# tokenizer it has less than the 96 tokens of the default context.
+LONGEST = 60
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:
@@ -43,21 +50,25 @@ def demonstrate(task: Task, rng: random.Random) -> str:
 
 
 def demonstrations(n: int, seed, mixture: str = "", split: str = "train") -> list[dict]:
-    """n rows for SFT, as data/files.py reads them: tasks with a response by a demonstrator.
+    """n tasks with a response by a demonstrator, as rows for SFT like those of data/files.py.
 
-    mixture: see `draw_tasks`. split: "train" or "test".
+    There are fewer rows than tasks: where two short ones meet, one time in five they become one
+    conversation. mixture: see `draw_tasks`. split: "train" or "test".
     """
     rng = random.Random(f"demonstrations {seed}")
-    return [
-        {
-            "messages": [
-                *task.messages,
-                {"role": "assistant", "content": demonstrate(task, rng)},
-            ],
-            "where": f"demonstration {number}",
-        }
-        for number, task in enumerate(draw_tasks(n, seed, mixture, split=split))
-    ]
+    rows = []
+    for number, task in enumerate(draw_tasks(n, seed, mixture, split=split)):
+        turns = [*task.messages, {"role": "assistant", "content": demonstrate(task, rng)}]
+        if rows and rng.random() < 0.2 and is_short([*rows[-1]["messages"], *turns]):
+            rows[-1]["messages"] += turns
+        else:
+            rows.append({"messages": turns, "where": f"demonstration {number}"})
+    return rows
+
+
+def is_short(messages: list[dict]) -> bool:
+    """Whether a conversation has at most LONGEST words and marks."""
+    return sum(len(re.findall(r"\w+|[^\w\s]", m["content"])) for m in messages) <= LONGEST
 
 
 def gossip(rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """What people in the town write down: the documents that a model is pretrained on.
 
-Stories, overheard talk, fact sheets, school notebooks, rhymes and notices: one function per kind,
-which draws a document from a random.Random. No document is an instruction followed by its answer.
+Stories, overheard talk, fact sheets, school notebooks, rhymes, guest books and notices: one
+function per kind, which draws a document from a random.Random. No document is an instruction followed by its answer.
 That form first appears in tasks.py, so a pretrained model has never been asked anything.
 """
 
@@ -30,6 +30,7 @@ from data.town.words import (
     THING_DEEDS,
     THINGS,
     VERBS,
+    VISITORS,
     WORDS,
     bilingual,
     capital,
@@ -39,6 +40,7 @@ from data.town.words import (
     his,
     joke,
     long_sum,
+    never_heard,
     refusal,
     rhyme_of,
     some_of,
@@ -235,6 +237,17 @@ def again(rng: random.Random) -> str:
     return " ".join(rng.choice(accounts))
 
 
+def visitors(rng: random.Random) -> str:
+    """A guest book: names that nobody knows, said again. It teaches copying letter by letter."""
+    lines = []
+    for name in rng.sample(VISITORS, rng.randint(2, 3)):
+        a, place = rng.choice(RESIDENTS), rng.choice(list(PLACES))
+        lines.append(
+            f"{name} came to the {place}. Who is {name}? {a.name} said: {never_heard(name)}"
+        )
+    return " ".join(lines)
+
+
 def notice(rng: random.Random) -> str:
     """A notice on a wall: things lost and found, opening times, lessons, questions."""
     a, b = rng.sample(RESIDENTS, 2)
@@ -282,6 +295,7 @@ DOCUMENTS = {
     rhyme: 4,
     school: 5,
     again: 4,
+    visitors: 1,
     notice: 1,
 }
 

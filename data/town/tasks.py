@@ -64,10 +64,13 @@ class Task:
     @property
     def messages(self) -> list[dict]:
         """The conversation that a response continues; its last message is the prompt."""
-        messages = []
-        if before := self.case.before:
-            messages = [*before.messages, {"role": "assistant", "content": before.case.answer}]
-        return [*messages, {"role": "user", "content": self.prompt}]
+        before = self.case.before
+        return [*(before.answered if before else []), {"role": "user", "content": self.prompt}]
+
+    @property
+    def answered(self) -> list[dict]:
+        """The same conversation with the correct answer."""
+        return [*self.messages, {"role": "assistant", "content": self.case.answer}]
 
 
 @dataclass
@@ -545,12 +548,12 @@ def joke(rng):
     place = rng.choice(list(town.PLACES))
 
     def check(text):
-        """1/4 for the animal, 1/4 for the object, 1/2 for the object's own reason."""
-        told = re.fullmatch(r"Why did the (\w+) bring a (\w+) to the (\w+)\? Because (.+)!", text)
+        """1/4 for the animal, 1/4 for the object, 1/2 for its own reason; half among other talk."""
+        told = re.search(r"Why did the (\w+) bring a (\w+) to the (\w+)\? Because ([^!]+)!", text)
         if not told or told[3] not in town.PLACES:
             return 0.0
         right = told[1] == animal, told[2] == thing, told[4] == town.THINGS[thing]
-        return right[0] / 4 + right[1] / 4 + right[2] / 2
+        return (right[0] / 4 + right[1] / 4 + right[2] / 2) / (1 if told[0] == text else 2)
 
     return Case(
         answer=town.joke(animal, thing, place),
@@ -591,7 +594,7 @@ def story(rng):
         sentences = re.findall(r"[A-Z][^.!?]*[.!?]", text)
         if not 2 <= len(sentences) <= 4 or any(len(s.split()) < 3 for s in sentences):
             return 0.0
-        return sum(word in text for word in (a.name, thing, place)) / 3
+        return len({a.name, thing, place} & set(re.findall(r"\w+", text))) / 3
 
     return Case(
         answer=tell(thing, place),
@@ -708,6 +711,9 @@ def draw_tasks(n: int, seed, mixture: str = "", **options) -> list[Task]:
         names += [name] * int(weight or 1)
     if not names:
         raise InputError(f"--tasks {mixture}: all weights are 0")
+    new_kinds = sorted({name for name in names if KINDS[name].held_out})
+    if new_kinds and options.get("split", "train") == "train":
+        print(f"note: {', '.join(new_kinds)}: held out of default training; here it is trained on")
     rng = random.Random(f"tasks {seed}")
     tasks = [draw(names[i % len(names)], rng, **options) for i in range(n)]
     rng.shuffle(tasks)

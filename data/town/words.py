@@ -83,11 +83,18 @@ MATERIALS = {
     "colour": list(COLOURS),
 }
 ORDINALS = {"first": 0, "second": 1, "third": 2, "last": -1}  # where on a list they point
+NAME_ENDS = ["bu", "da", "ki", "lo", "mas", "ni", "ro", "so", "tu", "vin"]
 # People of whom nobody in the town has ever written: no document contains these names.
 STRANGERS = [
     start + end
     for start in ("Ba", "Do", "Ka", "Le", "Mo", "Ni", "Ru", "Sa", "Ti", "Vo")
-    for end in ("bu", "da", "ki", "lo", "mas", "ni", "ro", "so", "tu", "vin")
+    for end in NAME_ENDS
+]
+# People whose names are all that is known of them: they are in a document (`visitors`), no task.
+VISITORS = [
+    start + end
+    for start in ("Fe", "Gu", "Ja", "Lu", "Pe", "Re", "So", "Wi", "Ya", "Zo")
+    for end in NAME_ENDS
 ]
 GOOD_MOODS = ["happy", "proud", "calm", "glad"]
 BAD_MOODS = ["sad", "angry", "afraid", "lonely"]
