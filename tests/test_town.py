@@ -495,7 +495,9 @@ def test_the_first_turn_of_a_training_task_is_no_held_out_case(kind, first_kind)
 def test_strangers_are_in_no_document_and_some_of_them_in_no_training_set():
     words = set(re.findall(r"\w+", " ".join(documents(6000, seed=0))))
     assert not words & set(town.STRANGERS) and not set(RESIDENT) & set(town.STRANGERS)
-    assert set(RESIDENT) <= words
+    assert not set(town.VISITORS) & {*RESIDENT, *town.STRANGERS}
+    assert {*RESIDENT, *town.VISITORS} <= words
+    assert not set(town.VISITORS) & set(" ".join(t.prompt for t in tasks(2000)).split())
     trained = {task.case.answer.split()[-1] for task in tasks(2000, ["unknown"])}
     new = {task.case.answer.split()[-1] for task in tasks(600, ["unknown"], new="cell")}
     assert not trained & new and len(trained) > 50 and len(new) > 15
