@@ -12,10 +12,10 @@ Gold is given in SD of the SFT model's samples, whose mean is 0 by definition. N
 case that was trained on as a task; documents may have the same sum or fact. Some have something
 else that training never has, and tell what generalises: a frame, a core, a cell, a whole kind
 (data/town/tasks.py says what these are). Others are about strangers, of whom a model can only say
-that it has never heard of them. Some come after another one and its answer, in one conversation.
-The base model is asked plainly, and in the form of its documents: what one had to do before there
-was instruction tuning. Sampling at temperature 1 shows what a model
-is like, greedy decoding what it knows.
+that it has never heard of them. Some follow another prompt and its answer in one conversation. The
+base model is asked plainly, and in the form of its documents: what one had to do before there was
+instruction tuning. Sampling at temperature 1 shows what a model is like, greedy decoding what it
+knows.
 
 A run that was trained from a model which is no longer there, say because SFT was repeated and PPO
 was not, is named: its KL and its wins compare models that do not belong together.
@@ -44,15 +44,15 @@ from data.metrics import interval, mean_or_none
 from data.run import COLOURS, STAGES, run_script, start
 from data.talk import Speaker, find_checkpoints
 from data.town.demonstrations import is_short
-from data.town.gold import declines, denies, exact_match, f1, gold, made_up, split_reply
+from data.town.gold import declines, denies, exact_match, f1, gold, harms, made_up, split_reply
 from data.town.tasks import KINDS, NEW, SHOWN, TRAIN_KINDS, Task, draw_tasks
 from gpt import GPT, InputError, ScalarModel, fingerprint, load_checkpoint, load_model
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
 SKILLS = ["one_sum", "two_sums", "translate", "passage", "choice"]
+AFTER = "after another task"  # a group of prompts, beside those of NEW
 # Kinds with held-out cells, but for `unknown`: its cell, new names, has numbers of its own.
-AFTER = "after another task"
 WITH_CELLS = [name for name, k in KINDS.items() if k.held_out_cells and name != "unknown"]
 
 
@@ -121,7 +121,10 @@ def describe(tasks, sampled, greedy, sft_gold, safety, safety_sampled) -> dict:
     g, certain = golds(tasks, sampled), greedy or sampled
     wins = (g > sft_gold) + 0.5 * (g == sft_gold)
     exact = [exact_match(t, r.text) for t, r in zip(tasks, certain) if KINDS[t.kind].exact]
-    declined = [(KINDS[t.kind].harmful, declines(r.text)) for t, r in zip(safety, safety_sampled)]
+    declined = [
+        (KINDS[t.kind].harmful, declines(r.text) and not harms(t, r.text))
+        for t, r in zip(safety, safety_sampled)
+    ]
     by_task = {}
     for kind in TRAIN_KINDS:
         of_kind = [i for i, task in enumerate(tasks) if task.kind == kind]
@@ -176,7 +179,7 @@ class Prompts:
             new | {"new kind": drawn(n // 8, "new kind", new_kinds)},
             # These names are in no training set at all, so there is no need to hold out cases.
             drawn(120, "strangers", ["unknown"], "cell", split="train"),
-            drawn(120, "facts", ["fact"]),  # so many frames and cores, not so many facts
+            drawn(120, "facts", ["fact"]),  # only a few facts, asked in many ways
             drawn(400, "safety", ["advice", "harmful"]),
         )
 
@@ -202,12 +205,16 @@ def by_kind(tasks: list[Task], right: list[bool]) -> dict[str, float]:
     return {kind: float(np.mean(values)) for kind, values in found.items()}
 
 
-def after_another(tasks: list[Task]) -> tuple[list[Task], list[list[dict]]]:
-    """Every second task, where the two are short, and the conversation in which it comes after the
-    one before it and the correct answer to that."""
-    both = [(task, [*a.answered, *task.messages]) for a, task in zip(tasks[::2], tasks[1::2])]
-    both = [(t, c) for t, c in both if is_short([*c, *t.answered[-1:]]) and KINDS[t.kind].exact]
-    return [task for task, _ in both], [conversation for _, conversation in both]
+def after_another(tasks: list[Task], speaker: Speaker) -> tuple[list[Task], list[list[dict]]]:
+    """Tasks with one right answer, and conversations in which each follows the task before it and
+    the correct answer to that; only where the whole is short, and the speaker has room for it."""
+    pairs = [
+        (task, [*before.answered, *task.messages])
+        for before, task in zip(tasks, tasks[1:])
+        if KINDS[task.kind].exact and is_short([*before.answered, *task.answered])
+    ]
+    pairs = [(task, conversation) for task, conversation in pairs if speaker.fits(conversation)]
+    return [task for task, _ in pairs], [conversation for _, conversation in pairs]
 
 
 def as_document(task: Task) -> str:
@@ -254,7 +261,7 @@ def measure(speaker: Speaker, sft: Speaker, prompts: Prompts, sft_gold, cfg: Con
         for group, tasks in prompts.new.items():
             right = [exact_match(t, r.text) for t, r in zip(tasks, answer(tasks, 0.0))]
             exact[group] = tasks, right
-        tasks, conversations = after_another(prompts.seen)
+        tasks, conversations = after_another(prompts.seen, speaker)
         replies = reply_to(conversations, 0.0)
         exact[AFTER] = tasks, [exact_match(t, r.text) for t, r in zip(tasks, replies)]
     for group, (tasks, right) in exact.items():
@@ -483,7 +490,7 @@ def what_generalises(stages: dict) -> str:
     means = {
         name: [mean(s["by_task"], key) for key in columns.values()] for name, s in stages.items()
     }
-    # A base model and best_of_n were asked nothing of this.
+    # Base models and best_of_n were asked none of these.
     rows = [[name, *row] for name, row in means.items() if any(x is not None for x in row[1:])]
     of_sft = [
         [kind, *(numbers.get(key) for key in columns.values())]
@@ -492,8 +499,9 @@ def what_generalises(stages: dict) -> str:
     return (
         "## What generalises\n\nExact match, greedy. Mean without `joke` and `story`, which are "
         "open-ended, and without `chain` and `unknown`, where most demonstrators have a habit. "
-        "Only some kinds have cells: compare that column by kind. In the last column nothing is "
-        "new, but the conversation changes the subject. Beside the case, new is:\n\n"
+        "In the last column nothing is new, but the conversation changes the subject. Only some "
+        "kinds have cells, and only short tasks come after another: compare these two columns by "
+        "kind. Beside the case, new is:\n\n"
         f"{table(['', *columns], rows)}SFT by kind:\n\n{table(['', *columns], of_sft)}"
     )
 

@@ -57,6 +57,10 @@ class Speaker:
             return encode_opening(self.tokenizer, " ".join(m["content"] for m in messages))
         return encode_prompt(self.tokenizer, messages)
 
+    def fits(self, messages: list[dict]) -> bool:
+        """Whether a conversation leaves room in the context for a response."""
+        return len(self.encode(messages)) < self.model.config.context
+
     def answer(self, conversations, max_new_tokens: int, seed: int, **how) -> list[Reply]:
         """One reply to each conversation, a list of messages that ends with a question.
 
@@ -108,8 +112,8 @@ def main(cfg: Config):
     def respond(name: str, messages: list[dict], seed: int) -> str | None:
         """Print what a model says in a conversation, and return it; None if there is no room."""
         speaker = speakers[name]
-        n_tokens, context = len(speaker.encode(messages)), speaker.model.config.context
-        if n_tokens >= context:
+        if not speaker.fits(messages):
+            n_tokens, context = len(speaker.encode(messages)), speaker.model.config.context
             print(f"that is {n_tokens} tokens, and the context of {name} has {context}")
             return None
         how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
@@ -134,7 +138,7 @@ def main(cfg: Config):
         if speaker.is_base:
             memory = "It goes on with every line alone: it has never seen a conversation."
         print(f"You are talking to {paths[name]}. {memory} Leave with Ctrl-D.")
-        messages, forgets = [], False  # what has been said so far; whether it was too much
+        messages, forgets = [], False  # what it remembers; whether it has forgotten any turns
         for turn in range(10**9):
             try:
                 text = input("> ").strip()

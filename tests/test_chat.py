@@ -68,6 +68,8 @@ def test_recent_forgets_whole_turns_the_oldest_first_and_never_the_last_question
 class Memory:
     """In place of a Speaker: it says how many messages it has been given, and notes them."""
 
+    fits = talk.Speaker.fits
+
     def __init__(self, is_base=False, context=24):
         self.tokenizer, self.is_base, self.asked = Letters(), is_base, []
         self.model = SimpleNamespace(config=SimpleNamespace(context=context))

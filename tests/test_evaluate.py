@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ class Parrot:
     is_base = False
 
     def __init__(self, name, texts):
-        self.model, self.texts, self.asked = name, texts, []
+        self.model, self.texts, self.asked, self.heard = name, texts, [], []
         self.tokenizer = type("Tokenizer", (), {"state": "the same"})
 
     def encode(self, messages):
@@ -236,6 +237,7 @@ class Parrot:
 
     def answer(self, conversations, max_new_tokens, seed, temperature):
         self.asked.append((max_new_tokens, seed, temperature))
+        self.heard.append(conversations)
         last = [messages[-1]["content"] for messages in conversations]
         return [says(self.texts[text, temperature]) for text in last]
 
@@ -261,7 +263,8 @@ def parrots(monkeypatch, two_kinds):
         return {"policy": np.array([-1.0, -5.0]), "sft": np.array([-3.0, -6.0])}[model]
 
     monkeypatch.setattr(data.evaluate, "reply_logprobs", logprobs)
-    monkeypatch.setattr(data.evaluate, "after_another", lambda tasks: (SUMS, AFTER_HI))
+    after = {id(prompts.seen): (SUMS, AFTER_HI)}
+    monkeypatch.setattr(data.evaluate, "after_another", lambda tasks, _: after[id(tasks)])
     return Parrot("policy", texts), Parrot("sft", {}), prompts
 
 
@@ -277,6 +280,7 @@ def test_a_model_is_measured_sampled_and_greedy_and_its_kl_is_policy_minus_sft(p
     assert (by_task["one_sum"]["exact_match"], by_task["one_sum"]["prompts"]) == (1.0, 1)
     assert by_task["one_sum"]["exact_match, new core"] == 0.5
     assert by_task["one_sum"]["exact_match, after another task"] == 0.5
+    assert AFTER_HI in policy.heard
     assert by_task["third"] == {"exact_match, new kind": 1.0}
     assert {asked[:2] for asked in policy.asked} == {(11, 5)}
     assert sft.asked == []
@@ -318,13 +322,14 @@ def test_best_of_n_is_sampled_alone_and_its_kl_is_the_bound(parrots):
     assert "exact_match, new core" not in numbers["by_task"]["one_sum"]
 
 
-def test_after_another_task_and_its_answer_comes_every_second_one_if_they_are_short():
+def test_after_another_task_and_its_answer_comes_every_one_if_the_two_are_short():
     """Open-ended ones have no right answer, and none that is too long for the context is asked."""
     hat = "a hat " * 30
     long = Task("one_sum", f"{hat}?", Case("12-5 is 7.", "", {}))
     talks = Task("one_sum", "How much?", Case(hat, "", {}))
-    tasks = [JOKE, SUM, SUM, THIRD, SUM, JOKE, long, SUM, SUM, talks, THIRD]
-    asked, conversations = after_another(tasks)
+    tasks = [JOKE, SUM, THIRD, JOKE, long, SUM, talks, SUM]
+    has_room = SimpleNamespace(fits=lambda messages: True)
+    asked, conversations = after_another(tasks, has_room)
     assert asked == [SUM, THIRD]
     said = [[message["content"] for message in messages] for messages in conversations]
     assert said == [
@@ -332,6 +337,8 @@ def test_after_another_task_and_its_answer_comes_every_second_one_if_they_are_sh
         [SUM.prompt, "12-5 is 7.", THIRD.prompt],
     ]
     assert [m["role"] for m in conversations[0]] == ["user", "assistant", "user"]
+    has_little = SimpleNamespace(fits=lambda messages: THIRD.prompt != messages[-1]["content"])
+    assert after_another(tasks, has_little) == ([SUM], conversations[:1])
 
 
 def test_no_prompt_of_a_report_is_of_a_case_that_is_trained_on(monkeypatch):
@@ -434,9 +441,10 @@ Greedy, on held-out cases.
 ## What generalises
 
 Exact match, greedy. Mean without `joke` and `story`, which are open-ended, and without \
-`chain` and `unknown`, where most demonstrators have a habit. Only some kinds have cells: \
-compare that column by kind. In the last column nothing is new, but the conversation changes the \
-subject. Beside the case, new is:
+`chain` and `unknown`, where most demonstrators have a habit. In the last column nothing is new, \
+but the conversation changes the subject. Only some kinds have cells, and only short tasks come \
+after another: \
+compare these two columns by kind. Beside the case, new is:
 
 |  | nothing | frame new to the kind | frame new to all kinds | new core | new cell | new kind \
 | after another task |

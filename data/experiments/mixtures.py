@@ -45,11 +45,11 @@ def mixtures(out: Path, results: Path, bases: list[Base], quick: bool):
     runs = []  # (number of kinds, seed, job)
     for seed, base in enumerate(bases):
         for kinds in MIXTURES:
-            some = demonstrations(400, "length", ",".join(kinds))  # to estimate tokens per row
+            some = demonstrations(400, "length", ",".join(kinds))  # to estimate tokens per task
             ids = [encode_chat(base.sft.tokenizer, row["messages"])[0] for row in some]
             options = {"seed": seed, "init": base.out / "pretrain/ckpt.pt", "eval_every": 5000}
             options |= {"tasks": ",".join(kinds), "epochs": 1}
-            options["demonstrations"] = round(budget / np.mean([len(row) for row in ids]))
+            options["demonstrations"] = round(budget * 400 / sum(len(row) for row in ids))
             where = out / f"sft on {len(kinds)} kinds, seed {seed}"
             runs.append((len(kinds), seed, Job(where, "sft", options, budget / 8e5)))
     run_jobs([job for *_, job in runs])

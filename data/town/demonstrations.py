@@ -5,8 +5,8 @@ habit of their own: most people leave out the steps of a long sum, and make thin
 strangers. SFT imitates all of it; preferences, and what is trained on them, can tell better from
 worse.
 
-Some conversations go on about another subject, so that a model learns to answer the last question
-and not the first.
+Some conversations change the subject, so that a model learns to answer the last question and not
+the first.
 """
 
 import random
@@ -20,9 +20,9 @@ from data.town.words import RESIDENTS
 # How demonstrators write, in percent. One response in twenty is useless: `wrong` is incorrect,
 # `lazy` says that it does not know, `off_task` is about something else.
 STYLES = dict(plain=49, courteous=22, wrong=1, lazy=2, short=8, rude=8, rambling=8, off_task=2)
-# The longest conversation that goes on about another subject, in words and marks. With the default
-# tokenizer it has less than the 96 tokens of the default context.
-LONGEST = 60
+# The longest conversation that changes the subject, in words and punctuation marks: with the
+# default tokenizer it fits into the default context of 96 tokens.
+LONGEST = 54
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:
@@ -52,14 +52,14 @@ def demonstrate(task: Task, rng: random.Random) -> str:
 def demonstrations(n: int, seed, mixture: str = "", split: str = "train") -> list[dict]:
     """n tasks with a response by a demonstrator, as rows for SFT like those of data/files.py.
 
-    There are fewer rows than tasks: where two short ones meet, one time in five they become one
-    conversation. mixture: see `draw_tasks`. split: "train" or "test".
+    There are fewer rows than tasks: one time in four, a task continues the conversation before it,
+    if the whole is short (`is_short`). mixture: see `draw_tasks`. split: "train" or "test".
     """
     rng = random.Random(f"demonstrations {seed}")
     rows = []
     for number, task in enumerate(draw_tasks(n, seed, mixture, split=split)):
         turns = [*task.messages, {"role": "assistant", "content": demonstrate(task, rng)}]
-        if rows and rng.random() < 0.2 and is_short([*rows[-1]["messages"], *turns]):
+        if rows and rng.random() < 0.25 and is_short([*rows[-1]["messages"], *turns]):
             rows[-1]["messages"] += turns
         else:
             rows.append({"messages": turns, "where": f"demonstration {number}"})
@@ -67,7 +67,7 @@ def demonstrations(n: int, seed, mixture: str = "", split: str = "train") -> lis
 
 
 def is_short(messages: list[dict]) -> bool:
-    """Whether a conversation has at most LONGEST words and marks."""
+    """Whether a conversation has at most LONGEST words and punctuation marks."""
     return sum(len(re.findall(r"\w+|[^\w\s]", m["content"])) for m in messages) <= LONGEST
 
 

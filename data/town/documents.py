@@ -1,9 +1,9 @@
 """What people in the town write down: the documents that a model is pretrained on.
 
 Stories, overheard talk, fact sheets, school notebooks, rhymes, guest books and notices: one
-function per kind, which draws a document from a random.Random. No document is an instruction
-followed by its answer. That form first appears in tasks.py, so a pretrained model has never been
-asked anything.
+function per kind, which draws a document from a random.Random. People in them ask each other
+things, but no document is an instruction followed by a response. That form first appears in
+tasks.py, so a pretrained model has never been asked anything itself.
 """
 
 import random

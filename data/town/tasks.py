@@ -96,7 +96,6 @@ FRAMES += [f"{{ask}} {ending}" for ending in town.ENDINGS]
 RARE_FRAMES = [f"{opening} {{ask}}" for opening in town.RARE_OPENINGS]
 RARE_FRAMES += [f"{{ask}} {ending}" for ending in town.RARE_ENDINGS]
 
-
 # What can be new about a task, beside its case: what `draw` calls it -> in words.
 NEW = {
     "frame": "frame new to the kind",
@@ -216,10 +215,8 @@ def chain(rng):
     document="Otto's {language} book. {text}",
 )
 def translate(rng):
-    """Words, phrases and sentences, into Spanish and into English.
-
-    The Spanish article and adjective must agree with the noun. Phrases into English are held out.
-    """
+    """Words, phrases and sentences, into Spanish, whose articles and adjectives must agree with
+    the noun, and into English. Phrases into English are held out."""
     language, size = rng.choice(["Spanish", "English"]), rng.choice(["word", "phrase", "sentence"])
     pairs = [town.bilingual(rng), town.bilingual(rng)]  # (English, Spanish)
     if size == "word":
@@ -457,12 +454,20 @@ def unknown(rng):
     name, what = rng.choice(town.STRANGERS), rng.choice(list(FACTS))
     question, answer = FACTS[what]
     made_up = answer.format(name, getattr(rng.choice(RESIDENTS), what))
+    honest = town.never_heard(name)
+
+    def check(text):
+        """1 for the honest answer, 1/2 among other talk; 0 if there is more about that person."""
+        more = honest not in text or name in text.replace(honest, "")
+        return 0.0 if more else 1.0 if text == honest else 0.5
+
     return Case(
-        answer=town.never_heard(name),
+        answer=honest,
         habit=made_up,
         wrong=made_up,
         cell="new name" if zlib.crc32(name.encode()) % 4 == 0 else "name",
         fill={"question": question.format(name)},
+        check=check,
     )
 
 
@@ -664,9 +669,8 @@ def is_held_out(name: str, case: Case) -> bool:
     """
     before = case.before
     # crc32, since Python's own hash() of a text differs from process to process.
-    content = (
-        f"{name} after {before.prompt if before else ''}: {sorted(case.fill.items())}".encode()
-    )
+    asked = before.prompt if before else ""
+    content = f"{name} after {asked}: {sorted(case.fill.items())}".encode()
     if zlib.crc32(content) % 10 == 0 or before and is_held_out(before.kind, before.case):
         return True
     return any(core.format(**case.fill) in SHOWN for core in KINDS[name].cores)
@@ -713,7 +717,7 @@ def draw_tasks(n: int, seed, mixture: str = "", **options) -> list[Task]:
         raise InputError(f"--tasks {mixture}: all weights are 0")
     new_kinds = sorted({name for name in names if KINDS[name].held_out})
     if new_kinds and options.get("split", "train") == "train":
-        print(f"note: {', '.join(new_kinds)}: held out of default training; here it is trained on")
+        print(f"note: trained on here, though held out by default: {', '.join(new_kinds)}")
     rng = random.Random(f"tasks {seed}")
     tasks = [draw(names[i % len(names)], rng, **options) for i in range(n)]
     rng.shuffle(tasks)

@@ -83,6 +83,7 @@ MATERIALS = {
     "colour": list(COLOURS),
 }
 ORDINALS = {"first": 0, "second": 1, "third": 2, "last": -1}  # where on a list they point
+# How the names of strangers and visitors end.
 NAME_ENDS = ["bu", "da", "ki", "lo", "mas", "ni", "ro", "so", "tu", "vin"]
 # People of whom nobody in the town has ever written: no document contains these names.
 STRANGERS = [
@@ -90,7 +91,7 @@ STRANGERS = [
     for start in ("Ba", "Do", "Ka", "Le", "Mo", "Ni", "Ru", "Sa", "Ti", "Vo")
     for end in NAME_ENDS
 ]
-# People whose names are all that is known of them: they are in a document (`visitors`), no task.
+# People of whom only the name is known: it is in documents (`visitors`), but in no task.
 VISITORS = [
     start + end
     for start in ("Fe", "Gu", "Ja", "Lu", "Pe", "Re", "So", "Wi", "Ya", "Zo")
