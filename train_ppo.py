@@ -11,6 +11,9 @@
              where G = A + V_old, not whitened, is the return that the critic should have foreseen
     pi is the policy, pi_old the same when it sampled y; eps is --clip, and --value_clip for values
 
+    Without a critic (--advantage rloo, grpo or dr_grpo) a prompt gets several responses, and
+    A' = how much more y earned in all than other responses to x did     (see `group_advantages`)
+
     trained  policy (from SFT), critic (from the reward model; without one, from SFT)
     frozen   reference (the SFT model), reward model
     reads    out/sft/ckpt.pt, out/rm/ckpt.pt, prompts of the town (or --data rows.jsonl);
@@ -25,14 +28,17 @@ it should be trained on and never sees: when proxy keeps rising while gold falls
 found the reward model's mistakes (over-optimisation).
 
 References: Schulman et al. 2017 (PPO), 2016 (GAE, equation 16); Ziegler et al. 2019 (KL in the
-reward, adaptive beta); Ouyang et al. 2022 (InstructGPT). As in Ziegler et al. and OpenAI's code, a
-response without an end gets a fixed score (trl subtracts a fine). As in that code, and not in the
-PPO paper, values are clipped and Adam's eps is 1e-5. Differs in: policy and critic are separate
-models, so no coefficient stands between their losses; no pretraining gradients are mixed in;
-learning rates fall to a tenth.
+reward, adaptive beta); Ouyang et al. 2022 (InstructGPT); Ahmadian et al. 2024 (RLOO); Shao et al.
+2024 (GRPO: here --advantage grpo --kl k3-loss); Liu et al. 2025 (Dr. GRPO). As in Ziegler et al.
+and OpenAI's code, a response without an end gets a fixed score (trl subtracts a fine). As in that
+code, and not in the PPO paper, values are clipped and Adam's eps is 1e-5. Differs in: policy and
+critic are separate models, so no coefficient stands between their losses; no pretraining gradients
+are mixed in; learning rates fall to a tenth; every token counts the same, where GRPO divides by the
+length of its response.
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,7 +64,7 @@ from data.run import (
     sum_over_ranks,
 )
 from data.tokenizer import load_tokenizer
-from data.town.gold import exact_match, final_answer, gold
+from data.town.gold import exact_match, final_answer, gold, shows_work
 from data.town.tasks import SHOWN, draw_tasks, task_rows
 from gpt import InputError, ScalarModel, fingerprint, load_model
 from kernels import linear_logprobs
@@ -82,6 +88,10 @@ class Config:
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (1 if right, or 0)
     beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
+    kl: str = "k1-reward"  # estimate of the KL (k1, k2, k3), part of the -reward or of the -loss
+    # advantages
+    advantage: str = "gae"  # gae, with a critic; without one rloo, grpo or dr_grpo
+    group: int = 8  # responses to every prompt if there is no critic
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic alone
     # updates
@@ -122,6 +132,17 @@ class Config:
             )
         if self.data and self.tasks:
             raise ValueError("--tasks are those of the town: with --data there are none")
+        if self.kl not in [
+            f"{k}-{place}" for k in ("k1", "k2", "k3") for place in ("reward", "loss")
+        ]:
+            raise ValueError(f"--kl {self.kl}: it is k1, k2 or k3, then -reward or -loss")
+        if self.advantage not in ("gae", "rloo", "grpo", "dr_grpo"):
+            raise ValueError(f"--advantage {self.advantage}: there are gae, rloo, grpo and dr_grpo")
+        if self.advantage != "gae" and (self.group < 2 or self.rollouts % self.group):
+            raise ValueError(
+                f"--group {self.group}: responses are compared with others to the same prompt, so "
+                f"it is 2 or more and divides --rollouts {self.rollouts}"
+            )
 
     def resolved(self) -> "Config":
         """The same with the paths that "" stands for."""
@@ -169,6 +190,20 @@ def full_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
     return kl.sum(1)
 
 
+def predictions(rows, replies, pad_token: int, device):
+    """Prompts and responses as what the policy reads and predicts: three tensors (B, T).
+
+    inputs int64: all tokens but the last, padded on the right; targets int64: the tokens that
+    follow them; mask bool: the targets that are of the response, end-of-turn included.
+    """
+    sequences = [row["ids"] + reply.ids for row, reply in zip(rows, replies)]
+    in_response = [
+        [0] * (len(row["ids"]) - 1) + [1] * len(reply.ids) for row, reply in zip(rows, replies)
+    ]
+    tokens = pad(sequences, pad_token).to(device)  # (B, T + 1)
+    return tokens[:, :-1], tokens[:, 1:], pad(in_response, 0).bool().to(device)
+
+
 def masked_mean(x, mask):
     """Mean of x where mask is true."""
     return (x * mask).sum() / mask.sum()
@@ -181,26 +216,31 @@ def whiten(x, mask):
     return (x - mean) * (variance + 1e-8).rsqrt() * mask
 
 
-def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """R_t (B, T): the KL penalty at every response token, and at the last one the score (B,) too.
-
-    log pi - log pi_ref of the sampled token is an unbiased estimate of the KL there (k1 in
-    http://joschu.net/blog/kl-approx.html). It may be negative; clipping it at 0 would bias it.
-    """
-    rewards = -beta * (logprobs - ref_logprobs) * mask
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta, estimate="k1"):
+    """R_t (B, T): the KL penalty at every response token, and at the last one its score (B,)."""
+    rewards = -beta * kl_estimate(logprobs - ref_logprobs, estimate) * mask
     # The column of each response's last token, (B,).
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     rewards[torch.arange(len(rewards)), last] += scores
     return rewards
 
 
-def k3(log_ratio):
+def kl_estimate(log_ratio, estimate):
     """Estimates of KL(p || q) from log p - log q of tokens that p sampled, any shape.
 
-    Unbiased like log_ratio itself (k1), and never negative (k3 in the same note). Less noisy than
-    k1 while p and q are close; later one token that p has made rare counts q / p, and the mean
-    jumps.
+    k1, k2 and k3 of http://joschu.net/blog/kl-approx.html. The mean of k1 and of k3 is the KL, that
+    of k2 nearly so while p and q are close. k1 may be negative (clipping it at 0 would bias it),
+    the others never are. k3 is the least noisy of them while p and q are close; later one token
+    that p has made rare counts q / p, and the mean jumps.
+
+    What they teach, though, depends on where they stand (Tang and Munos 2025). In the reward, k1
+    has the gradient of KL(p || q). In the loss, k1 has none on average, k2 has that of KL(p || q),
+    and k3, which is GRPO's, that of KL(q || p).
     """
+    if estimate == "k1":
+        return log_ratio
+    if estimate == "k2":
+        return log_ratio**2 / 2
     return torch.expm1(-log_ratio) + log_ratio
 
 
@@ -218,6 +258,35 @@ def gae(rewards, values, mask, gamma, lam):
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
+
+
+def group_advantages(returns, prompts, how):
+    """How much better every response is than others to its prompt: (B,), without any critic.
+
+    returns (B,): its rewards, summed over tokens; prompts (B,) int64: the number of its prompt.
+
+        rloo      return - mean of the others              Ahmadian et al. 2024
+        grpo      (return - mean of all) / SD of all       Shao et al. 2024, section 4.1.2
+        dr_grpo   return - mean of all                     Liu et al. 2025
+
+    The mean of the others does not depend on the response itself, so rloo is unbiased. dr_grpo is
+    (n - 1) / n of it with n responses to a prompt. The SD makes little of prompts on which
+    responses differ much: those that are nearly always, or nearly never, right count most.
+    """
+    same = (prompts[:, None] == prompts).to(returns.dtype)  # (B, B)
+    n = same.sum(1)
+    deviation = returns - same @ returns / n
+    if how == "rloo":
+        return deviation * n / (n - 1)
+    if how == "grpo":
+        return deviation / ((same @ deviation**2 / n).sqrt() + 1e-4)
+    return deviation
+
+
+def equal_groups(scores, prompts) -> float:
+    """The fraction of responses whose group has one score: nothing can be learned from these."""
+    same = prompts[:, None] == prompts  # (B, B)
+    return (~same | (scores[:, None] == scores)).all(1).float().mean().item()
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip):
@@ -324,15 +393,39 @@ def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
     return torch.tensor(np.where(ended, rewards, cfg.no_end_score), dtype=torch.float32)
 
 
-def mean_gold(rows, replies) -> dict[str, float]:
-    """The mean gold reward, for the log; nothing where there is no gold."""
+def judged(rows, replies) -> dict[str, float]:
+    """Means for the log: gold, right responses and, where all are to long sums, those that show
+    their work. Nothing where there is no gold."""
     if "task" not in rows[0]:
         return {}
-    return {"gold": np.mean([gold(row["task"], r.text, r.ended) for row, r in zip(rows, replies)])}
+    pairs = [(row["task"], reply) for row, reply in zip(rows, replies)]
+    numbers = {
+        "gold": np.mean([gold(task, reply.text, reply.ended) for task, reply in pairs]),
+        "exact_match": np.mean([exact_match(task, reply.text) for task, reply in pairs]),
+    }
+    if all(task.kind == "chain" for task, _ in pairs):
+        numbers["shows_work"] = np.mean([shows_work(reply.text) for reply in replies])
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------
 # The stage
+
+
+def assert_sampled(rows, replies, logprobs, rounding):
+    """Assert that the sampler had the log-probabilities (B, T) that PPO scores."""
+    sampled = [[0.0] * (len(row["ids"]) - 1) + r.logprobs for row, r in zip(rows, replies)]
+    worst = (pad(sampled, 0.0).to(logprobs.device) - logprobs).abs().max().item()
+    assert worst < rounding, (
+        f"the sampler's log-probabilities are off by {worst:.3g} from those that PPO scores: is it "
+        "the same model, at the same temperature?"
+    )
+
+
+def explained_variance(returns, values) -> float:
+    """How much of the variance of the returns the critic foresaw: at most 1; both (N,)."""
+    variance = returns.var(correction=0).clamp(min=1e-8)  # of one token 0, and not nan
+    return 1 - ((returns - values).var(correction=0) / variance).item()
 
 
 def checksum(model) -> float:
@@ -345,9 +438,14 @@ PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
     "KL from SFT, nats per response\n(k3 jumps at rare tokens)": ["kl", "kl_k3", "kl_full"],
     "entropy, nats per token": ["entropy"],
     "explained variance of the returns": ["explained_variance"],
-    "fractions; approx. KL in nats": ["clipfrac", "approx_kl", "no_end"],
+    "fraction of tokens clipped; approx. KL in nats": ["clipfrac", "approx_kl"],
+    "fractions of responses": ["no_end", "exact_match", "shows_work", "equal_groups"],
+    "tokens per response": ["length"],
 }
-REPORTED = "proxy gold kl length no_end greedy_proxy greedy_gold".split()  # on the screen
+# Of every optimizer step; the last two are the critic's.
+MEASURED = "policy_loss approx_kl clipfrac policy_grad_norm value_loss critic_grad_norm".split()
+# On the screen.
+REPORTED = "proxy gold shows_work kl length no_end greedy_proxy greedy_gold".split()
 
 
 def main(cfg: Config) -> dict:
@@ -361,54 +459,53 @@ def main(cfg: Config) -> dict:
     ref, _ = load_init(cfg.init, device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     made_from = {"init": checkpoint["fingerprint"]}
-    reward_model = None
+    reward_model = critic = None
     if cfg.reward == "rm":
         reward_model, made_from["rm"] = load_reward_model(cfg, checkpoint, device)
-        critic, _ = load_model(cfg.rm, device, ScalarModel)
-        set_speed(cfg, reward_model)
-    else:
+    if cfg.advantage == "gae":  # the others need no critic
         critic = ScalarModel.from_gpt(policy).to(device)
+        if reward_model:
+            critic = deepcopy(reward_model).requires_grad_()
     ref.requires_grad_(False)
-    set_speed(cfg, policy, ref, critic)
+    set_speed(cfg, *(model for model in (policy, ref, critic, reward_model) if model))
     ref_before = checksum(ref)
     # On a GPU all tensors are updated by one kernel; on a CPU that would save 1 % of an iteration.
     adamw = dict(betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=device.type == "cuda")
-    optimizers = {
-        "policy_optimizer": torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw),
-        "critic_optimizer": torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw),
-    }
+    optimizers = [torch.optim.AdamW(policy.parameters(), lr=cfg.lr, **adamw)]
     kl_coefficient = KLCoefficient(cfg.beta, cfg.target_kl)
+    trained = dict(kl_coefficient=kl_coefficient, policy_optimizer=optimizers[0])
+    if critic:
+        optimizers.append(torch.optim.AdamW(critic.parameters(), lr=cfg.critic_lr, **adamw))
+        trained |= dict(critic=critic, critic_optimizer=optimizers[1])
+    estimate, place = cfg.kl.split("-")
     # How far apart two log-probabilities that should be equal may be: the town's are within 1e-5,
     # but GPT-2's logits lie near -80, where float32 has fewer digits after the point.
     rounding = 0.2 if cfg.bf16 else 1e-2
 
     # ---- prompts
     longest, temperature = cfg.max_new_tokens, cfg.temperature
+    group = 1 if critic else cfg.group
     rows, test_rows = load_prompts(cfg, tokenizer, policy.config.context - longest)
 
     # ---- training
-    trained = dict(critic=critic, kl_coefficient=kl_coefficient, **optimizers)
     encoded = ([row["ids"], row.get("answer")] for row in rows + test_rows)
     made_from["data"] = fingerprint(len(rows), *encoded)
     for iteration in run.steps(cfg.iterations, policy, tokenizer, made_from, **trained):
         rng = np.random.default_rng([cfg.seed, iteration])  # so that --resume repeats it
 
         # 1. Roll out: the policy answers, and every model reads the answers.
-        drawn = rng.choice(len(rows), cfg.rollouts, replace=cfg.rollouts > len(rows))
-        batch = [rows[i] for i in drawn]
+        n_prompts = cfg.rollouts // group
+        drawn = rng.choice(len(rows), n_prompts, replace=n_prompts > len(rows))
+        batch = [rows[i] for i in drawn.repeat(group)]
         seed = int(rng.integers(2**31)) + RANK  # ranks sample different tokens
         asked = shard([row["ids"] for row in batch])
         replies = gather(sample_replies(policy, tokenizer, asked, longest, seed, temperature))
         # From here on sorted by length, so that neighbours share a forward pass with few pads.
-        pairs = sorted(zip(batch, replies), key=lambda pair: len(pair[0]["ids"]) + len(pair[1].ids))
-        batch, replies = zip(*pairs)
-        prompts = [row["ids"] for row in batch]
-        sequences = [prompt + reply.ids for prompt, reply in zip(prompts, replies)]
-        widths = [len(ids) - 1 for ids in sequences]  # predictions in each row
-        tokens = pad(sequences, tokenizer.pad).to(device)  # (B, T + 1)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T): read token t, predict token t + 1
-        in_response = [[0] * (len(p) - 1) + [1] * len(r.ids) for p, r in zip(prompts, replies)]
-        mask = pad(in_response, 0).bool().to(device)  # (B, T): the targets that the policy chose
+        widths = [len(row["ids"]) + len(reply.ids) - 1 for row, reply in zip(batch, replies)]
+        order = np.argsort(widths, kind="stable")
+        batch, replies, widths = ([x[i] for i in order] for x in (batch, replies, widths))
+        prompt_of = torch.tensor(order // group, device=device)  # (B,): which have the same prompt
+        inputs, targets, mask = predictions(batch, replies, tokenizer.pad, device)  # (B, T) each
 
         old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
         kl_full = torch.zeros(len(batch), device=device)
@@ -421,16 +518,12 @@ def main(cfg: Config) -> dict:
                     hidden, policy.head, y, m, temperature
                 )
                 ref_logprobs[at], _ = response_logprobs(ref_hidden, ref.head, y, m, temperature)
-                old_values[at] = critic(inputs[at])
+                if critic:
+                    old_values[at] = critic(inputs[at])
                 kl_full[at[0]] = full_kl(hidden, policy.head, ref_hidden, ref.head, m, temperature)
         sum_over_ranks(old_logprobs, ref_logprobs, old_values, entropy, kl_full)
         if iteration == 0:
-            sampled = [[0.0] * (len(p) - 1) + r.logprobs for p, r in zip(prompts, replies)]
-            worst = (pad(sampled, 0.0).to(device) - old_logprobs).abs().max().item()
-            assert worst < rounding, (
-                f"the sampler's log-probabilities are off by {worst:.3g} from those that PPO "
-                "scores: is it the same model, at the same temperature?"
-            )
+            assert_sampled(batch, replies, old_logprobs, rounding)
             assert kl_full.abs().max() < rounding, "policy and reference start as the same model"
 
         # 2. Rewards and advantages. scores: of responses; rewards: of every token; returns: what
@@ -438,14 +531,19 @@ def main(cfg: Config) -> dict:
         scores = proxy_reward(cfg, batch, replies, reward_model, tokenizer).to(device)  # (B,)
         log_ratio = (old_logprobs - ref_logprobs) * mask
         kl, beta = log_ratio.sum(1), kl_coefficient.beta  # kl (B,): k1, summed over the response
-        rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
-        advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-        variance = returns[mask].var(correction=0).clamp(min=1e-8)  # of one token 0, and not nan
-        unexplained = (returns - old_values)[mask].var(correction=0) / variance
-        advantages = whiten(advantages, mask)
+        in_reward, in_loss = (beta, 0.0) if place == "reward" else (0.0, beta)
+        rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, in_reward, estimate)
+        if critic:
+            advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
+            foreseen = explained_variance(returns[mask], old_values[mask])
+            run.log(iteration, explained_variance=foreseen)
+            advantages = whiten(advantages, mask)
+        else:  # all tokens of a response have the same advantage
+            advantages = group_advantages(rewards.sum(1), prompt_of, cfg.advantage)[:, None] * mask
+            run.log(iteration, equal_groups=equal_groups(scores, prompt_of))
 
         # 3. Update policy and critic on these rollouts.
-        measured = []  # per step: policy loss, value loss, KL, clipfrac, two gradient norms
+        measured = []  # of every step, in the order of MEASURED
         ratio_errors = torch.zeros(len(batch), device=device)  # of the first step: ratios must be 1
         for epoch in range(cfg.epochs):
             order = rng.permutation(len(batch))
@@ -462,62 +560,63 @@ def main(cfg: Config) -> dict:
                     pg, ratio = policy_loss(logprobs, old_logprobs[at], advantages[at], cfg.clip)
                     if cfg.entropy_bonus:
                         pg = pg - cfg.entropy_bonus * new_entropy
-                    values = critic(inputs[at])
-                    vf = value_loss(values, old_values[at], returns[at], cfg.value_clip)
+                    if in_loss:
+                        pg = pg + in_loss * kl_estimate(logprobs - ref_logprobs[at], estimate)
                     # Every token of the minibatch counts the same, whatever response it is in.
                     ((pg * m).sum() / n_tokens).backward()
-                    ((vf * m).sum() / n_tokens).backward()
+                    vf = torch.zeros_like(pg)
+                    if critic:
+                        values = critic(inputs[at])
+                        vf = value_loss(values, old_values[at], returns[at], cfg.value_clip)
+                        ((vf * m).sum() / n_tokens).backward()
 
                     with torch.no_grad():
                         moved = (ratio - 1).abs() * m
                         if epoch == 0 and number == 0:
                             ratio_errors[at[0]] = moved.amax(1)
-                        approx_kl = k3(old_logprobs[at] - logprobs)  # of old policy to new
+                        approx_kl = kl_estimate(old_logprobs[at] - logprobs, "k3")  # old to new
                         outside = (moved > cfg.clip).float()
-                        for i, x in enumerate((pg, vf, approx_kl, outside)):
+                        for i, x in enumerate((pg, approx_kl, outside, vf)):
                             sums[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and number == 0:
                     sum_over_ranks(ratio_errors)
                     worst = ratio_errors.max().item()
                     assert worst < rounding, f"a ratio is off by {worst} before any update"
-                norms = [average_gradients(model, cfg.grad_clip) for model in (policy, critic)]
-                measured.append([*sums.tolist(), *norms])
-                lr_fraction = lr_at(iteration, cfg.iterations, cfg.warmup, floor=0.1)
-                step_optimizers(optimizers.values(), lr_fraction)
+                norm = average_gradients(policy, cfg.grad_clip)
+                critic_norm = average_gradients(critic, cfg.grad_clip) if critic else 0.0
+                measured.append([*sums[:3].tolist(), norm, sums[3].item(), critic_norm])
+                step_optimizers(optimizers, lr_at(iteration, cfg.iterations, cfg.warmup, floor=0.1))
 
         # 4. Report.
-        names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
-        *means, policy_norm, critic_norm = np.mean(measured, 0)
+        names = MEASURED if critic else MEASURED[:4]
         run.log(
             iteration,
             proxy=scores.mean().item(),
-            **mean_gold(batch, replies),
+            **judged(batch, replies),
             kl=kl.mean().item(),
-            kl_k3=k3(log_ratio).sum(1).mean().item(),
+            kl_k3=kl_estimate(log_ratio, "k3").sum(1).mean().item(),
             kl_full=kl_full.mean().item(),
             beta=beta,
             objective=(scores - beta * kl).mean().item(),
             entropy=masked_mean(entropy, mask).item(),
             length=mask.sum(1).float().mean().item(),
             no_end=np.mean([not reply.ended for reply in replies]),
-            **mean_over_ranks(device, **dict(zip(names, means))),
-            explained_variance=1 - unexplained.item(),
             first_ratio_error=ratio_errors.max().item(),
-            policy_grad_norm=policy_norm,
-            critic_grad_norm=critic_norm,
+            **mean_over_ranks(device, **dict(zip(names, np.mean(measured, 0)))),
         )
         kl_coefficient.update(kl.mean().item())
-        # Policy: sampling, old logprobs, updates; reference; critic: values, updates; score.
+        # Policy: sampling, old logprobs, updates; reference; reward model; critic: values, updates.
         updates = 3 * cfg.epochs  # forward 1, backward 2
-        size = critic.config.n_layer / policy.config.n_layer
-        passes = 2 + updates + 1 + size * (1 + updates + (cfg.reward == "rm"))
-        run.count(sum(map(len, sequences)), passes)
+        passes = 2 + updates + 1
+        for model, n in ((reward_model, 1), (critic, 1 + updates)):
+            passes += n * model.config.n_layer / policy.config.n_layer if model else 0
+        run.count(sum(widths) + len(widths), passes)
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
             asked = [row["ids"] for row in test_rows]
             replies = sample_replies(policy, tokenizer, asked, longest, seed=0, temperature=0.0)
             proxy = proxy_reward(cfg, test_rows, replies, reward_model, tokenizer)
-            greedy = {"proxy": proxy.mean().item(), **mean_gold(test_rows, replies)}
+            greedy = {"proxy": proxy.mean().item(), **judged(test_rows, replies)}
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
             run.report(iteration, *REPORTED)
             run.say(f"    > {one_line(test_rows[0]['messages'])}\n    {replies[0].text}")
@@ -526,7 +625,8 @@ def main(cfg: Config) -> dict:
     assert checksum(ref) == ref_before, "the reference must not move"
     file_prompts = [row["messages"] for row in test_rows[:8]]
     shown = file_prompts if cfg.data else [question(text) for text in SHOWN]
-    run.finish(policy, transcript(policy, tokenizer, shown, longest, cfg.seed))
+    before, after = (transcript(m, tokenizer, shown, longest, cfg.seed) for m in (ref, policy))
+    run.finish(policy, f"{after}BEFORE, the model that this one was trained from:\n\n{before}")
     return run.rows[-1]
 
 

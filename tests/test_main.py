@@ -36,7 +36,7 @@ from data.preferences import annotate
 from data.tokenizer import BPETokenizer, train_bpe
 from data.town.demonstrations import demonstrate, demonstrations
 from data.town.documents import documents
-from data.town.gold import gold
+from data.town.gold import exact_match, gold
 from data.town.tasks import SHOWN, draw_tasks
 from gpt import GPT, GPTConfig, ScalarModel, fingerprint, generate, load_model, save_checkpoint
 
@@ -96,7 +96,7 @@ OPTIONS = {
         no_end_score=-1.3,
         reward="gold",
         beta=0.3,
-        target_kl=1.2,
+        target_kl=0.6,
         gamma=0.9,
         lam=0.7,
         epochs=3,
@@ -744,6 +744,9 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
 
     rows: (prompt, ids, task or answer); reward: (ids, reply, task or answer) -> a number.
     """
+    with_critic, group = cfg.advantage == "gae", cfg.group if cfg.advantage != "gae" else 1
+    k, place = cfg.kl.split("-")
+    estimate = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: (-x).exp() - 1 + x}[k]
     policy, ref = load_model(cfg.init)[0], load_model(cfg.init)[0]
     critic = ScalarModel.from_gpt(policy)
     if cfg.reward == "rm":
@@ -761,23 +764,28 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
     def golds(replies, abouts):
         if cfg.data:
             return {}
-        return {"gold": np.mean([gold(a, r.text, r.ended) for a, r in zip(abouts, replies)])}
+        pairs = list(zip(abouts, replies))
+        return {
+            "gold": np.mean([gold(task, reply.text, reply.ended) for task, reply in pairs]),
+            "exact_match": np.mean([exact_match(task, reply.text) for task, reply in pairs]),
+        }
 
     for iteration in range(cfg.iterations):
         # Roll out, and read what was said. The shortest come first.
         rng = np.random.default_rng([cfg.seed, iteration])
-        drawn = [rows[i] for i in rng.choice(len(rows), cfg.rollouts, replace=False)]
+        prompts = rng.choice(len(rows), cfg.rollouts // group, replace=False)
+        drawn = [rows[i] for i in prompts for _ in range(group)]
         how = cfg.max_new_tokens, int(rng.integers(2**31)), cfg.temperature
         replies = sample_replies(policy, tokenizer, [ids for _, ids, _ in drawn], *how)
         rollouts = []
-        for (_, prompt, about), reply in zip(drawn, replies):
+        for number, ((_, prompt, about), reply) in enumerate(zip(drawn, replies)):
             ids, n = prompt + reply.ids, len(reply.ids)
             with torch.no_grad():
                 p, q = (log_p(model, ids, cfg.temperature)[-n:] for model in (policy, ref))
                 old, kept = (logp[torch.arange(n), torch.tensor(reply.ids)] for logp in (p, q))
                 values = critic(torch.tensor([ids[:-1]]))[0, -n:]
             k1, r = old - kept, score(ids, reply, about)
-            rewards = -beta * k1
+            rewards = -beta * estimate(k1) if place == "reward" else torch.zeros(n)
             rewards[-1] += r
             # delta_t = R_t + gamma V_(t+1) - V_t; A_t is the sum of those from t on, discounted
             delta = rewards + cfg.gamma * torch.cat([values[1:], torch.zeros(1)]) - values
@@ -785,8 +793,9 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
             advantages = torch.stack([(discounts[: n - t] * delta[t:]).sum() for t in range(n)])
             rollouts.append(
                 dict(
-                    ids=ids, n=n, reply=reply, about=about, score=r,
-                    old=old, k1=k1, entropy=-(p.exp() * p).sum(-1),
+                    ids=ids, n=n, reply=reply, about=about, score=r, group=number // group,
+                    in_all=rewards.sum().item(), old=old, kept=kept, k1=k1,
+                    entropy=-(p.exp() * p).sum(-1),
                     full=(p.exp() * (p - q)).sum().item(),
                     values=values, advantages=advantages, returns=advantages + values,
                 )
@@ -797,8 +806,20 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
             return torch.cat([rollout[name] for rollout in rollouts])
 
         mean, sd = all_tokens("advantages").mean(), all_tokens("advantages").std(correction=0)
-        for rollout in rollouts:
-            rollout["whitened"] = (rollout["advantages"] - mean) / (sd**2 + 1e-8).sqrt()
+        equal = 0
+        for one in rollouts:
+            one["whitened"] = (one["advantages"] - mean) / (sd**2 + 1e-8).sqrt()
+            if not with_critic:  # in its place: how much better it is than others to its prompt
+                others = [other for other in rollouts if other["group"] == one["group"]]
+                earned = [other["in_all"] for other in others]
+                if cfg.advantage == "rloo":
+                    better = one["in_all"] - (sum(earned) - one["in_all"]) / (group - 1)
+                else:
+                    better = one["in_all"] - np.mean(earned)
+                if cfg.advantage == "grpo":
+                    better /= np.std(earned) + 1e-4
+                one["whitened"] = torch.full((one["n"],), better)
+                equal += len({other["score"] for other in others}) == 1
 
         # Update.
         measured = []
@@ -817,16 +838,21 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
                     clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip)
                     policy_loss = torch.maximum(-r["whitened"] * ratio, -r["whitened"] * clipped)
                     policy_loss = policy_loss + cfg.entropy_bonus * (logp.exp() * logp).sum(-1)
+                    if place == "loss":
+                        policy_loss = policy_loss + beta * estimate(new - r["kept"])
                     values = critic(torch.tensor([r["ids"][:-1]]))[0, -n:]
                     moved = (values - r["values"]).clamp(-cfg.value_clip, cfg.value_clip)
                     errors = values - r["returns"], r["values"] + moved - r["returns"]
                     value_loss = torch.maximum(*(error**2 for error in errors)) / 2
-                    ((policy_loss.sum() + value_loss.sum()) / n_tokens).backward()
+                    total = policy_loss.sum() + (value_loss.sum() if with_critic else 0)
+                    (total / n_tokens).backward()
                     k3 = (new - r["old"]).exp() - 1 - (new - r["old"])
                     outside = (ratio - 1).abs() > cfg.clip
                     parts = policy_loss, value_loss, k3, outside
                     sums += [part.sum().item() / n_tokens for part in parts]
+                optimizers = optimizers if with_critic else optimizers[:1]
                 norms = [clip(model, cfg.grad_clip) for model, *_ in optimizers]
+                norms += [] if with_critic else [0.0]
                 for _, optimizer, lr in optimizers:
                     take_step(
                         optimizer, lr * rate(iteration, cfg.iterations, cfg.warmup, floor=0.1)
@@ -858,6 +884,10 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
                 first_ratio_error=0.0,
             )
         )
+        if not with_critic:
+            log[-1]["equal_groups"] = equal / cfg.rollouts
+            for name in ("value_loss", "critic_grad_norm", "explained_variance"):
+                del log[-1][name]
         if cfg.target_kl:
             beta *= 1 + 0.1 * max(-0.2, min(kls.mean() / cfg.target_kl - 1, 0.2))
         # Sampling, old log-probabilities and updates of the policy; the reference; values and
@@ -865,6 +895,8 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
         passes = 1 + 1 + 3 * cfg.epochs + 1
         passes += (1 + 3 * cfg.epochs) + 1 if cfg.reward == "rm" else 2 * (1 + 3 * cfg.epochs)
         passes -= ((1 + 3 * cfg.epochs) + 1) / 2 if cfg.reward == "rm" else 1 + 3 * cfg.epochs
+        if not with_critic:
+            passes = 1 + 1 + 3 * cfg.epochs + 1 + (0.5 if cfg.reward == "rm" else 0)
         cost += passes * sum(len(rollout["ids"]) for rollout in rollouts)
         if is_time(iteration, cfg.iterations, cfg):
             prompts, abouts = [ids for _, ids, _ in test_rows], [about for *_, about in test_rows]
@@ -877,11 +909,25 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
     return policy, log, cost, shown
 
 
-@pytest.mark.parametrize("reward", ["rm", "gold", "exact"])
-def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots, reward):
+@pytest.mark.parametrize(
+    "reward, advantage, kl",
+    [
+        ("rm", "gae", "k1-reward"),
+        ("gold", "gae", "k3-reward"),
+        ("exact", "gae", "k2-loss"),
+        ("rm", "rloo", "k1-reward"),
+        ("gold", "grpo", "k3-loss"),
+        ("gold", "dr_grpo", "k1-loss"),
+    ],
+    ids=["rm", "gold", "exact", "rloo", "grpo", "dr_grpo"],
+)
+def test_ppo_is_what_it_is_by_hand(
+    models, tokenizer, monkeypatch, capsys, plots, reward, advantage, kl
+):
     path = str(models / "rows.jsonl") if reward == "exact" else ""
     paths = dict(init=f"{models}/sft.pt", rm=f"{models}/rm.pt", data=path)
-    cfg = config("ppo", models, **paths, reward=reward)
+    cfg = config("ppo", models, **paths, reward=reward, advantage=advantage, kl=kl)
+    cfg.group = 2 if advantage == "rloo" else 5
     cfg.target_kl = 0.0 if reward == "gold" else cfg.target_kl
     asked = few(monkeypatch, "ppo", "draw_tasks", 30)
     # Random models are never right: here an answer is right if it is as long as it should be.
@@ -919,15 +965,18 @@ def test_ppo_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
     assert asked == town
     by_hand = ppo_by_hand(cfg, tokenizer, rows, test_rows, rewards[reward])
     policy, log, cost, greedy = by_hand
-    samples = said(policy, tokenizer, shown, cfg)
+    sft, _ = load_model(cfg.init)
+    samples = said(policy, tokenizer, shown, cfg) + "BEFORE, the model that this one was trained "
+    samples += "from:\n\n" + said(sft, tokenizer, shown, cfg)
     last = assert_same_run(cfg, "ppo", plots, log, policy, samples, cost, "iteration")
     assert result == last
     for row in log[1:]:  # all that could be zero, or the same everywhere, is not
         assert 0 < row["clipfrac"] < 1 and row["kl_full"] > 1e-3
     assert any(0 < row["no_end"] < 1 for row in log[1:])
-    assert min(log[0]["policy_grad_norm"], log[0]["critic_grad_norm"]) > cfg.grad_clip  # clipped
+    assert log[0]["policy_grad_norm"] > cfg.grad_clip  # clipped
+    assert log[0].get("critic_grad_norm", 1) > cfg.grad_clip
     first, second, third = (row["beta"] for row in log)
-    if reward == "rm":  # first by as much as is allowed, then by less
+    if (reward, advantage) == ("rm", "gae"):  # first by as much as is allowed, then by less
         assert second == pytest.approx(0.98 * first) and 0 < abs(third / second - 1) < 0.019
         assert log[1]["greedy_proxy"] != log[2]["greedy_proxy"]  # greedy replies change, too
     if reward == "gold":
@@ -1045,7 +1094,7 @@ def test_hardly_an_option_is_at_its_default():
         "pretrain": {"init", "data", "tokenizer"},
         "sft": {"init", "data"},
         "rm": {"init", "data"},
-        "ppo": {"init", "data", "rm"},
+        "ppo": {"init", "data", "rm", "kl", "advantage", "group"},  # the test by hand sets these
         "dpo": {"init", "data", "simpo_margin"},
     }
     for stage, script in SCRIPTS.items():
@@ -1070,7 +1119,8 @@ DEFAULTS = {
     ),
     "ppo": dict(
         iterations=26, rollouts=128, temperature=1.0, max_new_tokens=48, no_end_score=-2.0,
-        reward="rm", beta=0.15, gamma=1.0, lam=0.95, epochs=2, minibatch=64, microbatch=16,
+        reward="rm", beta=0.15, kl="k1-reward", advantage="gae", group=8, gamma=1.0, lam=0.95,
+        epochs=2, minibatch=64, microbatch=16,
         clip=0.2, value_clip=0.2, lr=3e-4, critic_lr=1e-3, warmup=2, grad_clip=1.0,
         eval_every=10, save_every=10,
     ),

@@ -1,6 +1,7 @@
 """PPO, term by term: slow loops, closed forms, and the invariants that catch the usual mistakes."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -13,9 +14,11 @@ from data.town.tasks import Case, Task
 from gpt import generate
 from train_ppo import (
     KLCoefficient,
+    equal_groups,
     full_kl,
     gae,
-    k3,
+    group_advantages,
+    kl_estimate,
     masked_mean,
     policy_loss,
     response_logprobs,
@@ -193,10 +196,126 @@ def test_k1_and_k3_have_the_exact_kl_as_their_mean():
     logp, logq = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.3, 0.5]], dtype=torch.float64).log()
     log_ratio = logp - logq  # log pi - log pi_ref of every token, each drawn with probability p
     exact = (logp.exp() * log_ratio).sum()
-    torch.testing.assert_close((logp.exp() * k3(log_ratio)).sum(), exact)
-    assert (k3(log_ratio) >= 0).all()
-    upside_down = k3(-log_ratio)  # a common mistake: the ratio the wrong way round
+    torch.testing.assert_close((logp.exp() * kl_estimate(log_ratio, "k3")).sum(), exact)
+    assert (kl_estimate(log_ratio, "k3") >= 0).all()
+    upside_down = kl_estimate(-log_ratio, "k3")  # a common mistake: the ratio the wrong way round
     assert abs((logp.exp() * upside_down).sum() - exact) > 0.05
+
+
+def gradient(p_logits, loss_of_every_token):
+    """The gradient of a mean over tokens that p draws, found by enumeration: (V,).
+
+    loss_of_every_token: log p (V, 1) -> a loss (V, 1), as if each token were a response.
+    """
+    logits = p_logits.clone().requires_grad_()
+    logp = logits.log_softmax(0)
+    (loss_of_every_token(logp[:, None])[:, 0] * logp.detach().exp()).sum().backward()
+    return logits.grad
+
+
+def gradient_of_kl(p_logits, q_logits, of_q_to_p=False):
+    """The gradient of KL(p || q), or of KL(q || p), with respect to the logits of p."""
+    logits = p_logits.clone().requires_grad_()
+    logp, logq = logits.log_softmax(0), q_logits.log_softmax(0)
+    kl = (logq.exp() * (logq - logp)).sum() if of_q_to_p else (logp.exp() * (logp - logq)).sum()
+    kl.backward()
+    return logits.grad
+
+
+@pytest.mark.parametrize("estimate", ["k1", "k2", "k3"])
+def test_what_an_estimate_of_kl_teaches_depends_on_where_it_stands(estimate):
+    """In the reward and in the loss, by these very functions, in a world of three tokens.
+
+    k3's mean is KL(p || q), and yet its gradient in the loss is that of KL(q || p). k1 in the loss
+    does nothing at all: log p of what p itself draws has a mean gradient of 0.
+    """
+    p = torch.tensor([1.2, -0.3, 0.4], dtype=torch.float64)
+    q = torch.tensor([-0.5, 0.9, 0.1], dtype=torch.float64)
+    beta, logq, mask = 0.7, q.log_softmax(0)[:, None], torch.ones(3, 1, dtype=torch.bool)
+    old = p.log_softmax(0)[:, None]
+    nothing = torch.zeros(3, dtype=torch.float64)
+
+    def in_reward(logp):
+        rewards = token_rewards(nothing, old, logq, mask, beta, estimate)
+        advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+        return policy_loss(logp, old, advantages, clip=0.2)[0]
+
+    def in_loss(logp):
+        return beta * kl_estimate(logp - logq, estimate)
+
+    p_to_q, q_to_p = gradient_of_kl(p, q), gradient_of_kl(p, q, of_q_to_p=True)
+    k2_in_reward = gradient(p, lambda logp: (old - logq) ** 2 / 2 * logp)
+    expected = {
+        "k1": (p_to_q, 0 * p_to_q),
+        "k2": (k2_in_reward, p_to_q),
+        "k3": (p_to_q - q_to_p, q_to_p),
+    }[estimate]
+    torch.testing.assert_close(gradient(p, in_reward), beta * expected[0])
+    torch.testing.assert_close(gradient(p, in_loss), beta * expected[1])
+    assert min((p_to_q - other).norm() for other in (k2_in_reward, p_to_q - q_to_p, q_to_p)) > 0.05
+
+
+def some_groups():
+    """Returns of twelve responses, in no order, and the number of the prompt of each."""
+    torch.manual_seed(0)
+    prompts = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 1, 2, 1, 0])
+    return torch.randn(12, dtype=torch.float64), prompts
+
+
+@pytest.mark.parametrize("how", ["rloo", "grpo", "dr_grpo"])
+def test_a_response_is_compared_with_the_others_to_its_prompt(how):
+    returns, prompts = some_groups()
+    ours = group_advantages(returns, prompts, how)
+    for i, one in enumerate(returns.tolist()):
+        group = [other for other, prompt in zip(returns.tolist(), prompts) if prompt == prompts[i]]
+        mean = sum(group) / 4
+        sd = math.sqrt(sum((other - mean) ** 2 for other in group) / 4)
+        others = (sum(group) - one) / 3
+        slow = {"rloo": one - others, "grpo": (one - mean) / (sd + 1e-4), "dr_grpo": one - mean}
+        assert ours[i].item() == pytest.approx(slow[how])
+
+
+def test_where_all_responses_to_a_prompt_earn_the_same_there_is_nothing_to_learn():
+    scores, prompts = torch.tensor([1.0, 0, 1, 1, 0, 0]), torch.tensor([0, 1, 0, 2, 2, 1])
+    for how in ("rloo", "grpo", "dr_grpo"):
+        advantages = group_advantages(scores, prompts, how)
+        assert advantages[[0, 1, 2, 5]].abs().max() == 0 and advantages[3] == -advantages[4] > 0.4
+    assert equal_groups(scores, prompts) == pytest.approx(4 / 6)
+    assert equal_groups(scores, torch.zeros(6)) == 0 and equal_groups(scores * 0, prompts) == 1
+
+
+def test_rloo_is_unbiased_dr_grpo_too_short_and_grpo_depends_on_how_hard_the_prompt_is():
+    """Over all pairs of responses that a policy of three can give to a prompt, with their
+    probabilities: the mean of the policy gradient, against that of the expected reward."""
+
+    def mean_gradient(logits, rewards, how):
+        logits = logits.clone().requires_grad_()
+        logp = logits.log_softmax(0)
+        total = 0
+        for pair in itertools.product(range(3), repeat=2):
+            pair = torch.tensor(pair)
+            if how == "exact":
+                weights = rewards[pair]
+            else:
+                weights = group_advantages(rewards[pair], torch.zeros(2), how)
+            loss, _ = policy_loss(logp[pair], logp[pair].detach(), weights, clip=0.2)
+            total = total - logp[pair].sum().exp().detach() * loss.mean()
+        total.backward()
+        return logits.grad
+
+    logits = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+    rewards = torch.tensor([1.0, 3.0, -0.5], dtype=torch.float64)
+    exact_logits = logits.clone().requires_grad_()
+    (exact_logits.softmax(0) * rewards).sum().backward()
+    exact = exact_logits.grad
+    torch.testing.assert_close(mean_gradient(logits, rewards, "exact"), exact)  # without baseline
+    torch.testing.assert_close(mean_gradient(logits, rewards, "rloo"), exact)
+    torch.testing.assert_close(mean_gradient(logits, rewards, "dr_grpo"), exact / 2)  # (n - 1) / n
+    # GRPO does not even notice that all rewards are ten times as large.
+    small, large = (mean_gradient(logits, scale * rewards, "grpo") for scale in (1, 10))
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=0)
+    direction = small / small.norm() - exact / exact.norm()
+    assert direction.norm() > 0.05
 
 
 def test_an_exact_reward_is_1_for_a_right_answer_0_for_others_and_nothing_else_counts():
@@ -256,8 +375,14 @@ def test_beta_can_grow_by_two_thirds_within_a_default_run():
     assert coefficient.beta == pytest.approx(0.15 * 1.02**26)
 
 
-def test_ppo_on_a_bandit_finds_the_policy_that_kl_regularised_reward_maximisation_has():
-    """pi* = pi_ref exp(r / beta) / Z, reached with these very functions on one-token responses."""
+@pytest.mark.parametrize(
+    "how, kl", [("gae", "k1-reward"), ("rloo", "k1-reward"), ("dr_grpo", "k2-loss")]
+)
+def test_on_a_bandit_they_find_the_policy_that_kl_regularised_reward_maximisation_has(how, kl):
+    """pi* = pi_ref exp(r / beta) / Z, reached with these very functions on one-token responses.
+
+    Without a critic, all 4,000 are responses to one prompt.
+    """
     torch.manual_seed(0)
     beta, reward = 0.5, torch.randn(5)
     ref = torch.randn(5).log_softmax(0)
@@ -268,11 +393,18 @@ def test_ppo_on_a_bandit_finds_the_policy_that_kl_regularised_reward_maximisatio
         with torch.no_grad():
             old = logits.log_softmax(0)
             token = torch.multinomial(old.exp(), 4000, replacement=True)[:, None]
-            rewards = token_rewards(reward[token[:, 0]], old[token], ref[token], mask, beta)
-            advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
-            advantages = whiten(advantages, mask)
+            in_reward = beta if kl == "k1-reward" else 0.0
+            rewards = token_rewards(reward[token[:, 0]], old[token], ref[token], mask, in_reward)
+            if how == "gae":
+                advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+                advantages = whiten(advantages, mask)
+            else:
+                advantages = group_advantages(rewards.sum(1), torch.zeros(4000), how)[:, None]
         for _ in range(2):
-            loss, _ = policy_loss(logits.log_softmax(0)[token], old[token], advantages, 0.2)
+            logprobs = logits.log_softmax(0)[token]
+            loss, _ = policy_loss(logprobs, old[token], advantages, 0.2)
+            if kl == "k2-loss":
+                loss = loss + beta * kl_estimate(logprobs - ref[token], "k2")
             optimizer.zero_grad()
             masked_mean(loss, mask).backward()
             optimizer.step()

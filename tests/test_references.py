@@ -20,7 +20,7 @@ from data.run import lr_at
 from data.tokenizer import PATTERN, train_bpe
 from gpt import GPT, GPTConfig, ScalarModel, generate
 from train_dpo import dpo_loss, sequence_logprobs
-from train_ppo import gae, k3, masked_mean, policy_loss, token_rewards, value_loss, whiten
+from train_ppo import gae, kl_estimate, masked_mean, policy_loss, token_rewards, value_loss, whiten
 from train_rm import last_token_scores, preference_loss
 from train_sft import sft_loss
 
@@ -314,7 +314,7 @@ def test_trl_puts_the_score_behind_the_last_token_where_we_put_it_on_it():
 def test_k3_is_that_of_trl():
     mask, logprobs, ref_logprobs, values, scores = rollouts([10, 10, 10])
     theirs = trl_advantages(mask, logprobs, ref_logprobs, values, scores, "k3")["kl"]
-    closest(k3(logprobs - ref_logprobs), theirs, 1e-12)
+    closest(kl_estimate(logprobs - ref_logprobs, "k3"), theirs, 1e-12)
 
 
 def test_whitening_in_trl_divides_by_one_token_less():

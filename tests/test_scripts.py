@@ -385,6 +385,33 @@ def test_a_reward_that_cannot_be_had_is_a_clear_error(reward, with_data):
         train_ppo.Config(reward=reward, data="rows.json" * with_data)
 
 
+def test_what_cannot_be_done_without_a_critic_is_a_clear_error():
+    with pytest.raises(ValueError, match="--advantage ppo: there are gae, rloo, grpo and dr_grpo"):
+        train_ppo.Config(advantage="ppo")
+    for group in (1, 0, 5):
+        with pytest.raises(ValueError, match=f"--group {group}: .* divides --rollouts 128"):
+            train_ppo.Config(advantage="rloo", group=group)
+    train_ppo.Config(group=5)  # with a critic it does not matter
+    for kl in ("k4-loss", "k1", "k1-score"):
+        with pytest.raises(ValueError, match=f"--kl {kl}: it is k1, k2 or k3, then -reward or -l"):
+            train_ppo.Config(kl=kl)
+
+
+def test_without_a_critic_a_run_is_stopped_and_resumed_to_the_same_bits(
+    chain, tmp_path, monkeypatch
+):
+    options = dict(advantage="grpo", group=4, kl="k3-loss")
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    shutil.copytree(chain / "rm", tmp_path / "rm")
+    run("ppo", tmp_path, **options, name="whole")
+    interrupt("ppo", tmp_path, monkeypatch, **options)
+    run("ppo", tmp_path, **options, resume=True)
+    assert same(tmp_path / "ppo", tmp_path / "whole")
+    log = (tmp_path / "ppo" / "log.csv").read_text()
+    assert log == (tmp_path / "whole" / "log.csv").read_text()
+    assert "equal_groups" in log and "critic" not in log and "value" not in log
+
+
 def test_ppo_with_tasks_asks_these_kinds_alone_as_often_as_their_weights_say(
     chain, tmp_path, monkeypatch
 ):

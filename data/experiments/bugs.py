@@ -29,8 +29,8 @@ BUGS = {
     # ---- PPO
     "KL penalty with the wrong sign": Bug(
         "train_ppo.py",
-        "rewards = -beta * (logprobs - ref_logprobs) * mask",
-        "rewards = beta * (logprobs - ref_logprobs) * mask",
+        "rewards = -beta * kl_estimate(",
+        "rewards = beta * kl_estimate(",
         "KL explodes, the faster the larger beta is.",
         "rlhf-book (loss.py:23): the sign of k1",
         "test_ppo.py::test_rewards_add_up_to_score_minus_beta_times_kl",

@@ -171,6 +171,11 @@ def exact_match(task: Task, reply: str) -> bool:
     return correctness(task, split_reply(reply)[0]) >= 0.8
 
 
+def shows_work(reply: str) -> bool:
+    """Whether a response to a long sum has steps: "7-1 is 6, 6-3 is 3. The answer is 3."."""
+    return " is " in reply.split("The answer")[0]
+
+
 def f1(task: Task, reply: str) -> float:
     """Overlap of words between response and full answer, from 0 to 1.
 
