@@ -44,6 +44,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from data.alarms import checksum
 from data.chat import encode_prompt, one_line, pad, question, sample_replies, transcript
 from data.files import held_out, keep_fitting, read_prompts
 from data.gpt2 import load_init
@@ -200,8 +201,9 @@ def predictions(rows, replies, pad_token: int, device):
     in_response = [
         [0] * (len(row["ids"]) - 1) + [1] * len(reply.ids) for row, reply in zip(rows, replies)
     ]
-    tokens = pad(sequences, pad_token).to(device)  # (B, T + 1)
-    return tokens[:, :-1], tokens[:, 1:], pad(in_response, 0).bool().to(device)
+    tokens, mask = pad(sequences, pad_token), pad(in_response, 0).bool()  # (B, T + 1), (B, T)
+    assert mask.any(1).all(), "a response without tokens teaches nothing"
+    return tokens[:, :-1].to(device), tokens[:, 1:].to(device), mask.to(device)
 
 
 def masked_mean(x, mask):
@@ -257,6 +259,7 @@ def gae(rewards, values, mask, gamma, lam):
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
+    assert not advantages[~mask].any(), "rewards or values have been summed across the padding"
     return advantages, (advantages + values) * mask
 
 
@@ -370,6 +373,13 @@ def load_reward_model(cfg, checkpoint: dict, device) -> tuple[ScalarModel, str]:
             f"note: {cfg.rm} was trained from another model than {cfg.init}, and normalised on "
             "samples of that one: here its scores need not have mean 0 and SD 1"
         )
+    report = found.get("report", {})
+    if report and report["accuracy"] < 0.5 + 1 / math.sqrt(report["pairs"]):  # two standard errors
+        print(
+            f"ALARM: {cfg.rm} agrees with only {report['accuracy']:.1%} of {report['pairs']} "
+            "held-out labels, as a coin would: PPO would learn noise. Train it longer, or look "
+            "whether chosen and rejected differ"
+        )
     return model.requires_grad_(False), found["fingerprint"]
 
 
@@ -422,15 +432,19 @@ def assert_sampled(rows, replies, logprobs, rounding):
     )
 
 
+def spread(scores, advantages) -> dict[str, float]:
+    """How much scores (B,) and advantages (N,) differ: if they do not, nothing is learned."""
+    return {
+        "score_sd": scores.std(correction=0).item(),
+        "best_score": scores.max().item(),
+        "advantage_sd": advantages.std(correction=0).item(),
+    }
+
+
 def explained_variance(returns, values) -> float:
     """How much of the variance of the returns the critic foresaw: at most 1; both (N,)."""
     variance = returns.var(correction=0).clamp(min=1e-8)  # of one token 0, and not nan
     return 1 - ((returns - values).var(correction=0) / variance).item()
-
-
-def checksum(model) -> float:
-    """A number that changes whenever a weight of the model does."""
-    return sum(p.cpu().double().abs().sum().item() for p in model.parameters())
 
 
 PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
@@ -535,8 +549,9 @@ def main(cfg: Config) -> dict:
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, mask, in_reward, estimate)
         if critic:
             advantages, returns = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-            foreseen = explained_variance(returns[mask], old_values[mask])
-            run.log(iteration, explained_variance=foreseen)
+            run.log(
+                iteration, explained_variance=explained_variance(returns[mask], old_values[mask])
+            )
             advantages = whiten(advantages, mask)
         else:  # all tokens of a response have the same advantage
             advantages = group_advantages(rewards.sum(1), prompt_of, cfg.advantage)[:, None] * mask
@@ -592,6 +607,7 @@ def main(cfg: Config) -> dict:
         run.log(
             iteration,
             proxy=scores.mean().item(),
+            **spread(scores, advantages[mask]),
             **judged(batch, replies),
             kl=kl.mean().item(),
             kl_k3=kl_estimate(log_ratio, "k3").sum(1).mean().item(),

@@ -37,6 +37,7 @@ from matplotlib.figure import Figure
 from torch import distributed
 from tqdm import tqdm
 
+from data.alarms import Watch
 from data.check import Check
 from gpt import STAGES, InputError, fingerprint, load_checkpoint, save_checkpoint
 from kernels import backend
@@ -406,6 +407,7 @@ class Run:
         if self.check:
             for past in range(first):  # so that the summary knows of it
                 self.check.look(self.rows, past)
+        watch = Watch(model, patience=2 if self.stage == "ppo" else 3)
         device = next(model.parameters()).device
         # disable=None: no bar where the output is not a terminal, say a log file
         silent = True if RANK > 0 else None
@@ -414,6 +416,8 @@ class Run:
             on_failure.callback(self.release)  # a notebook lives on if its run is stopped or fails
             for step in self.bar:
                 yield step
+                for sentence in watch.look(self.rows):
+                    self.say(sentence)
                 if self.check:
                     for sentence in self.check.look(self.rows, step):
                         self.say(sentence)

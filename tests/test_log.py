@@ -128,8 +128,9 @@ def test_every_column_that_tells_whether_a_run_goes_well_has_a_panel(chain, stag
         "pretrain": "bits_per_byte",  # another unit of val_loss
         "sft": "",
         "rm": "accuracy",  # on pairs that it learns from
-        "ppo": "beta objective policy_loss value_loss first_ratio_error policy_grad_norm "
-        "critic_grad_norm greedy_proxy greedy_gold greedy_exact_match",
+        "ppo": "score_sd best_score advantage_sd beta objective policy_loss value_loss "
+        "first_ratio_error policy_grad_norm critic_grad_norm greedy_proxy greedy_gold "
+        "greedy_exact_match",
         "dpo": "margin val_accuracy length grad_norm",
     }
     assert len(set(panels)) == len(panels)

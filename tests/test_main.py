@@ -114,7 +114,7 @@ OPTIONS = {
     ),
     "dpo": dict(
         loss="cdpo",
-        beta=0.4,
+        beta=0.3,
         label_smoothing=0.2,
         nll=0.3,
         batch_size=20,
@@ -465,9 +465,9 @@ def sft_by_hand(cfg, rows, val_rows):
 @pytest.mark.parametrize("source", ["town", "file"])
 def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots, source):
     cfg, shown = config("sft", models, init=f"{models}/base.pt"), SHOWN
-    asked = few(monkeypatch, "sft", "demonstrations", 90)
+    asked = few(monkeypatch, "sft", "demonstrations", 110)
     rows = demonstrations(24, cfg.seed, cfg.tasks)
-    val_rows = demonstrations(90, "validation", cfg.tasks, split="test")
+    val_rows = demonstrations(110, "validation", cfg.tasks, split="test")
     talks, val_talks = (
         [[message["content"] for message in row["messages"]] for row in some]
         for some in (rows, val_rows)
@@ -485,7 +485,7 @@ def test_sft_is_what_it_is_by_hand(models, tokenizer, monkeypatch, capsys, plots
         return [(ids, turns) for ids, turns in pairs if len(ids) <= CONTEXT]
 
     rows, val_rows = fitting(talks), fitting(val_talks)
-    assert len(rows) < 24 and len(val_rows) > 64  # of which 64 are read at a time
+    assert len(rows) < 20 and len(val_rows) > 64  # of which 64 are read at a time
     if source == "file":
         rows, val_rows = last_tenth(rows)
         shown = [turns[:-1] for _, turns in val_rows]
@@ -870,6 +870,9 @@ def ppo_by_hand(cfg, tokenizer, rows, test_rows, reward):
         log.append(
             dict(
                 proxy=scores.mean(),
+                score_sd=scores.std(),
+                best_score=scores.max(),
+                advantage_sd=all_tokens("whitened").std(correction=0).item(),
                 **golds([r["reply"] for r in rollouts], [r["about"] for r in rollouts]),
                 kl=kls.mean(),
                 kl_k3=(torch.exp(-k1) - 1 + k1).sum().item() / cfg.rollouts,
@@ -926,8 +929,8 @@ def test_ppo_is_what_it_is_by_hand(
 ):
     path = str(models / "rows.jsonl") if reward == "exact" else ""
     paths = dict(init=f"{models}/sft.pt", rm=f"{models}/rm.pt", data=path)
-    cfg = config("ppo", models, **paths, reward=reward, advantage=advantage, kl=kl)
-    cfg.group = 2 if advantage == "rloo" else 5
+    group = 2 if advantage == "rloo" else 5
+    cfg = config("ppo", models, **paths, reward=reward, advantage=advantage, kl=kl, group=group)
     cfg.target_kl = 0.0 if reward == "gold" else cfg.target_kl
     asked = few(monkeypatch, "ppo", "draw_tasks", 30)
     # Random models are never right: here an answer is right if it is as long as it should be.

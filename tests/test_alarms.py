@@ -1,0 +1,161 @@
+"""Alarms: bugs that make a run inert are planted, and each is named; right runs are silent."""
+
+import inspect
+
+import pytest
+import torch
+from tiny_runs import SCRIPTS, prepare, run
+
+import train_ppo
+from data.alarms import ALARMS, Watch
+from gpt import load_checkpoint, save_checkpoint
+
+
+def alarms_of(capsys, stage, out, **options):
+    """What a run says that begins with ALARM, each as its first words."""
+    capsys.readouterr()
+    run(stage, out, **options)
+    said = capsys.readouterr().out.split("\n")
+    return [line.removeprefix("ALARM: ")[:38] for line in said if line.startswith("ALARM")]
+
+
+GRADIENT = "the policy's gradient is 0, so it lear"
+SCORES = "all responses have the same score, so "
+GROUPS = "within every group all responses have "
+ADVANTAGES = "all tokens have the same advantage, so"
+NEVER = "no response scores above 0: is none ev"
+UNMOVED = "no weight of the model has changed: is"
+SAME_LOGPROBS = "the updates of an iteration leave all "
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_no_alarm_rings_in_a_right_run(chain, tmp_path, capsys, monkeypatch, stage):
+    prepare(chain, tmp_path, stage)
+    if stage == "ppo":  # so little trained, no model is ever right: here longer texts are better
+
+        def lengths(cfg, rows, replies, *rest):
+            return torch.tensor([float(len(reply.text)) for reply in replies])
+
+        monkeypatch.setattr(train_ppo, "proxy_reward", lengths)
+    options = dict(reward="gold") if stage == "ppo" else {}
+    assert alarms_of(capsys, stage, tmp_path, **options) == []
+
+
+@pytest.fixture
+def ppo(chain, tmp_path, capsys):
+    """Run PPO and return its alarms. By gold: the tiny reward model has learned nothing."""
+    prepare(chain, tmp_path, "ppo")
+    return lambda **options: alarms_of(capsys, "ppo", tmp_path, **{"reward": "gold", **options})
+
+
+@pytest.mark.parametrize("reward", [0.7, -0.7])
+def test_a_constant_reward_is_named(ppo, monkeypatch, reward):
+    """Advantages still differ, since the critic has to learn that nothing does."""
+    constant = lambda cfg, rows, *_: torch.full((len(rows),), reward)  # noqa: E731
+    monkeypatch.setattr(train_ppo, "proxy_reward", constant)
+    assert ppo() == [SCORES] + [NEVER] * (reward < 0)
+
+
+def test_samples_that_are_all_alike_are_named(ppo, monkeypatch):
+    """As from a seed per prompt, or a cache that repeats one sample for the whole group."""
+    sample = train_ppo.sample_replies
+
+    def one_per_group(policy, tokenizer, asked, *rest, **options):
+        replies = sample(policy, tokenizer, asked, *rest, **options)
+        return [replies[i // 4 * 4] for i in range(len(replies))]
+
+    monkeypatch.setattr(train_ppo, "sample_replies", one_per_group)
+    assert GROUPS in ppo(advantage="dr_grpo", group=4)
+
+
+def test_advantages_of_0_are_named_with_all_that_follows(ppo, monkeypatch):
+    nothing = lambda returns, *_: torch.zeros_like(returns)  # noqa: E731
+    monkeypatch.setattr(train_ppo, "group_advantages", nothing)
+    found = ppo(advantage="rloo", group=4)
+    assert {GRADIENT, ADVANTAGES, UNMOVED, SAME_LOGPROBS} <= set(found) and SCORES not in found
+
+
+def test_a_reward_that_the_policy_never_meets_is_named(ppo):
+    assert NEVER in ppo(reward="exact", tasks="three_sums")
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_weights_that_do_not_move_are_named(chain, tmp_path, capsys, stage):
+    """Here since the learning rate is 0; it is the same if an optimizer holds other weights."""
+    prepare(chain, tmp_path, stage)
+    off = {"pretrain": dict(optimizer="adamw"), "ppo": dict(reward="gold")}.get(stage, {})
+    assert UNMOVED in alarms_of(capsys, stage, tmp_path, lr=0.0, **off)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])
+def test_a_gradient_of_0_is_named(chain, tmp_path, capsys, monkeypatch, stage):
+    """The loss has been cut off from the weights: detach, and a constant that has a gradient."""
+    prepare(chain, tmp_path, stage)
+    cut_off = lambda model, *_: sum(p.grad.zero_().sum() for p in model.parameters())  # noqa: E731
+    average = f"train_{stage}.average_gradients"
+    monkeypatch.setattr(average, lambda model, *rest: cut_off(model).item())
+    assert "the gradient is 0, so nothing is lear" in " ".join(alarms_of(capsys, stage, tmp_path))
+
+
+def test_a_sum_across_the_padding_is_named(ppo, monkeypatch):
+    """GAE that does not know where a response ends: its mask is left out."""
+    source = inspect.getsource(train_ppo.gae)
+    assert source.count(" * mask[:, t]") == 2
+    exec(source.replace(" * mask[:, t]", ""), planted := vars(train_ppo).copy())
+    monkeypatch.setattr(train_ppo, "gae", planted["gae"])
+    with pytest.raises(AssertionError, match="summed across the padding"):
+        ppo()
+
+
+def test_a_response_without_tokens_is_named(ppo, monkeypatch):
+    sample = train_ppo.sample_replies
+    empty = lambda *args, **options: [  # noqa: E731
+        reply._replace(ids=[], logprobs=[]) for reply in sample(*args, **options)
+    ]
+    monkeypatch.setattr(train_ppo, "sample_replies", empty)
+    with pytest.raises(AssertionError, match="without tokens teaches nothing"):
+        ppo()
+
+
+def test_a_reward_model_at_chance_is_named_before_ppo_begins(chain, tmp_path, capsys):
+    prepare(chain, tmp_path, "ppo")
+    path = tmp_path / "rm" / "ckpt.pt"
+    checkpoint = load_checkpoint(path)
+    for accuracy, rings in ((0.52, True), (0.549, True), (0.551, False), (0.8, False), (0.3, True)):
+        checkpoint["report"] |= {"accuracy": accuracy, "pairs": 400}  # two standard errors: 0.05
+        save_checkpoint(path, checkpoint)
+        capsys.readouterr()
+        run("ppo", tmp_path, iterations=1)
+        sentence = (
+            f"ALARM: {path} agrees with only {accuracy:.1%} of 400 held-out labels, as a coin"
+        )
+        assert (sentence in capsys.readouterr().out) == rings
+
+
+class Still(torch.nn.Linear):
+    """A model that nobody trains."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def move(self):
+        with torch.no_grad():
+            self.weight += 1
+
+
+def test_a_sign_has_to_last_and_only_kl_rings_later():
+    model = Still()
+    watch = Watch(model, patience=3)
+    model.move()
+    far, zero, good = {"kl_full": 26.0}, {"grad_norm": 0.0}, {"grad_norm": 1.0, "kl_full": 2.0}
+    rows, said = [], []
+    for row in (zero, zero, good, zero, zero, zero, far, far, good, far, far, far, far):
+        rows.append(row)
+        said.append([text.split(":")[1].split()[1] for text in watch.look(rows)])
+    assert said == [[]] * 11 + [["KL"]] + [[]]  # and once only
+
+
+def test_every_alarm_says_what_is_wrong_and_where_to_look():
+    for alarm in ALARMS:
+        assert alarm.sentence[0].islower() and "?" in alarm.sentence
+    assert len({alarm.sentence for alarm in ALARMS}) == len(ALARMS)
