@@ -4,6 +4,7 @@ python gpt.py                              talk to the newest model in out/; it 
                                            has been said, as far as its context reaches
 python gpt.py --prompt "What is 4-2?"      answer once
 python gpt.py --compare                    the same prompts, answered by every stage and variant
+python gpt.py --trace "What is 4-2?"       what PPO, DPO and the reward model see of each token
 python gpt.py --export DIR                 a folder that transformers loads (data/gpt2.py)
 """
 
@@ -15,6 +16,7 @@ from data.gpt2 import export, load_init
 from data.run import STAGES, run_script, stage_of, start
 from data.tokenizer import load_tokenizer
 from data.town.tasks import SHOWN
+from data.trace import trace
 from gpt import InputError
 
 
@@ -23,6 +25,7 @@ class Config:
     ckpt: str = ""  # checkpoint to talk to ("" = the newest in out/)
     prompt: str = None  # answer this, which may be empty, and exit
     compare: bool = False  # let every stage and variant in out/ answer
+    trace: str = None  # take responses to this apart, token by token (needs all stages)
     temperature: float = 0.7  # of sampling (0 = greedy)
     top_k: int = 0  # keep the k likeliest tokens (0 = all)
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
@@ -91,6 +94,9 @@ def find_checkpoints(out: str | Path) -> dict[str, tuple[str, Path]]:
 def main(cfg: Config):
     """Talk at the terminal, answer once, compare, or export."""
     device = start(cfg)
+    if cfg.trace is not None:
+        trace(cfg.trace, Path(cfg.out), cfg.max_new_tokens, cfg.seed, device)
+        return
     if cfg.ckpt:
         paths = {Path(cfg.ckpt).parent.name: Path(cfg.ckpt)}
     else:
