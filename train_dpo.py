@@ -84,7 +84,7 @@ class Config:
     batch_size: int = 64  # pairs per step
     microbatch: int = 0  # pairs per forward pass; gradients add up to the batch (0 = all)
     epochs: int = 1  # passes over the data
-    lr: float = 2.5e-4  # peak learning rate (AdamW)
+    lr: float = 1.5e-4  # peak learning rate (AdamW)
     warmup: int = 10  # steps until the peak (0 = none)
     grad_clip: float = 1.0  # largest norm of the gradient (0 = off)
     # run

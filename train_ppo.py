@@ -87,7 +87,7 @@ class Config:
     no_end_score: float = -2.0  # score of a response without an end, in SD of SFT samples
     # reward
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (1 if right, or 0)
-    beta: float = 0.15  # KL coefficient, the one to start from if target_kl is given
+    beta: float = 0.25  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
     kl: str = "k1-reward"  # estimate of the KL (k1, k2, k3), part of the -reward or of the -loss
     # advantages
@@ -452,7 +452,7 @@ PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
     "KL from SFT, nats per response\n(k3 jumps at rare tokens)": ["kl", "kl_k3", "kl_full"],
     "entropy, nats per token": ["entropy"],
     "explained variance of the returns": ["explained_variance"],
-    "fraction of tokens clipped; approx. KL in nats": ["clipfrac", "approx_kl"],
+    "fraction of tokens clipped;\napprox. KL in nats": ["clipfrac", "approx_kl"],
     "fractions of responses": ["no_end", "exact_match", "shows_work", "equal_groups"],
     "tokens per response": ["length"],
 }

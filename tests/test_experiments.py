@@ -592,7 +592,7 @@ def test_every_policy_of_the_frontier_is_trained_with_the_options_of_its_label(
         job = next((j for j in ran if str(j.folder) == row["run"]), None)
         if job is None:  # trained by the README's commands, with the default beta
             assert row["run"] == str(two[int(seed)].out / method)
-            assert beta == {"sft": "", "ppo": "0.15", "dpo": "0.4"}[method]
+            assert beta == {"sft": "", "ppo": "0.25", "dpo": "0.4"}[method]
         else:
             assert job.options["beta"] == float(beta) and job.options["seed"] == int(seed)
             assert job.options.get("nll", 0) == (0.2 if method == "dpo + nll" else 0)

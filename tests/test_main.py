@@ -1122,14 +1122,14 @@ DEFAULTS = {
     ),
     "ppo": dict(
         iterations=26, rollouts=128, temperature=1.0, max_new_tokens=48, no_end_score=-2.0,
-        reward="rm", beta=0.15, kl="k1-reward", advantage="gae", group=8, gamma=1.0, lam=0.95,
+        reward="rm", beta=0.25, kl="k1-reward", advantage="gae", group=8, gamma=1.0, lam=0.95,
         epochs=2, minibatch=64, microbatch=16,
         clip=0.2, value_clip=0.2, lr=3e-4, critic_lr=1e-3, warmup=2, grad_clip=1.0,
         eval_every=10, save_every=10,
     ),
     "dpo": dict(
         loss="dpo", beta=0.4, label_smoothing=0.1, simpo_margin=0.5, batch_size=64, epochs=1,
-        lr=2.5e-4, warmup=10, grad_clip=1.0, max_new_tokens=48, eval_every=50, save_every=200,
+        lr=1.5e-4, warmup=10, grad_clip=1.0, max_new_tokens=48, eval_every=50, save_every=200,
     ),
 }  # fmt: skip
 
