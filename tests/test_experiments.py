@@ -17,7 +17,7 @@ from tiny_runs import TINY, SecondTurn, run
 
 from data.chat import Reply, encode_chat
 from data.experiments import base as base_module
-from data.experiments import broken, frontier, jobs, mixtures, overoptimisation, plots
+from data.experiments import broken, critics, frontier, jobs, mixtures, overoptimisation, plots
 from data.experiments.__main__ import EXPERIMENTS, Config
 from data.experiments.base import CHAIN, Base, bases, make_pool
 from data.experiments.bugs import BUGS, Bug, plant
@@ -297,7 +297,7 @@ def test_seed_0_has_its_base_already_and_the_others_are_trained(tmp_path, monkey
 def test_only_names_that_there_are():
     cfg = Config(only="broken,tasks", base="mine", quick=True)
     assert (cfg.out, cfg.results) == ("mine/quick", "mine/quick")
-    assert Config().only == "frontier,overoptimisation,tasks,broken"
+    assert Config().only == "frontier,overoptimisation,tasks,critics,broken"
     with pytest.raises(ValueError, match="not 'mixtures'"):
         Config(only="tasks,mixtures")
 
@@ -535,7 +535,7 @@ def no_pool(base, n):
 def noted(tmp_path, monkeypatch):
     """Two bases, a list of the jobs that were asked for, and another one of saved figures."""
     ran, drawn = [], []
-    for module in (frontier, overoptimisation, mixtures, broken):
+    for module in (frontier, overoptimisation, mixtures, critics, broken):
         monkeypatch.setattr(module, "run_jobs", ran.extend)
     for module in (frontier, overoptimisation):
         monkeypatch.setattr(module, "make_pool", no_pool)
@@ -914,6 +914,52 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     assert [line.get_label() for line in axis.lines] == [*groups]  # none without a style
     assert axis.lines[0].get_xdata().tolist() == counts and axis.lines[0].get_ydata()[0] == 0.5
     assert [label.get_text() for label in axis.get_xticklabels()] == [str(n) for n in counts]
+
+
+def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
+    noted, tmp_path, monkeypatch
+):
+    two, ran, drawn = noted
+
+    def log(path):
+        assert path.name == "log.csv"
+        on_sums = path.parent in {job.folder for job in ran if "tasks" in job.options}
+        row = dict(exact_match=0.5, length=9.0, kl=1.0, **{"shows_work": 0.2} if on_sums else {})
+        groups = {} if "base" in str(path) or "ppo, " in str(path) else {"equal_groups": 0.25}
+        return [{"step": float(step), **row, **groups} for step in range(3)]
+
+    monkeypatch.setattr(critics, "read_log", log)
+    monkeypatch.setattr(critics, "read_cost", lambda run: {"seconds": 7.0, "peak_gb": 0.5})
+    critics.critics(tmp_path / "out", tmp_path, two, False)
+    for seed, base in enumerate(two):
+        mine = [job for job in ran if job.options["seed"] == seed]
+        weak = next(job for job in mine if job.stage == "sft")
+        assert weak.options["init"] == base.out / "pretrain/ckpt.pt"
+        assert weak.options["tasks"] == "chain" and weak.options["demonstrations"] < 2000
+        for name, options in critics.METHODS.items():
+            found = [job for job in mine if job.out.name == f"{name}, seed {seed}"]
+            assert len(found) == (name != "ppo")
+            for job in found:
+                assert job.options.items() >= options.items() and "tasks" not in job.options
+                assert job.options["rm"] == base.out / "rm/ckpt.pt"
+                assert job.options["init"] == base.out / "sft/ckpt.pt"
+        for name, options in critics.THINKING.items():
+            (job,) = (job for job in mine if job.out.name == f"thinking, {name}, seed {seed}")
+            assert (job.options["tasks"], job.options["reward"]) == ("chain", "exact")
+            assert job.options["init"] == (
+                weak.result if "weak" in name else two[seed].out / "sft/ckpt.pt"
+            )
+            assert job.options.items() >= options.items() and "rm" not in job.options
+    rows = read_csv(tmp_path / "critics.csv")
+    assert [row["method"] for row in rows] == 2 * list(critics.METHODS)
+    assert {row["equal_groups"] for row in rows if row["method"] != "ppo"} == {"0.25"}
+    assert all((row["equal_groups"] == "") == (row["method"] == "ppo") for row in rows)
+    assert {row["seconds"] for row in rows} == {"7"} and {row["peak_gb"] for row in rows} == {"0.5"}
+    assert all(row["run"].startswith(str(tmp_path)) and row["gold"] == row["seed"] for row in rows)
+    curves = plots.grouped(read_csv(tmp_path / "thinking.csv"), "run", "seed")
+    assert len(curves) == 6 and all(len(some) == 3 for some in curves.values())
+    assert {row["shows_work"] for some in curves.values() for row in some} == {"0.2"}
+    assert [line.get_label() for line in drawn[0][1].axes[0].lines] == list(critics.THINKING)
 
 
 def test_every_bug_of_ppo_is_run_with_every_seed_beside_the_correct_run(noted, tmp_path):

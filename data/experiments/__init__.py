@@ -10,6 +10,8 @@
     overoptimisation   without a KL penalty, against weak reward models, the score keeps rising
                        while gold peaks and falls                   (overoptimisation.*, peaks.csv)
     tasks              does SFT on more kinds of task help on unseen ones?                (tasks.*)
+    critics            PPO beside RLOO and GRPO, which need none; RL that finds out that thinking
+                       pays, and RL that cannot                           (critics.csv, thinking.*)
     broken             PPO with one thing wrong at a time, to know it by its curves      (broken.*)
 
 The README's commands must have run before: their folder, out/ or --base, is the base of seed 0. The
@@ -24,6 +26,7 @@ README.md tells what came out; its CSV and PNG files are in results/. In this fo
     frontier.py           the experiments; in the first also the exact frontier and best-of-n
     overoptimisation.py
     mixtures.py
+    critics.py
     broken.py
     plots.py              tables and pictures
     jobs.py               runs of the scripts, also of a copy with a bug planted

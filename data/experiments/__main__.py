@@ -6,6 +6,7 @@ from pathlib import Path
 from data import experiments
 from data.experiments.base import bases
 from data.experiments.broken import broken
+from data.experiments.critics import critics
 from data.experiments.frontier import frontier
 from data.experiments.mixtures import mixtures
 from data.experiments.overoptimisation import overoptimisation
@@ -19,6 +20,7 @@ EXPERIMENTS = {
     "frontier": frontier,
     "overoptimisation": overoptimisation,
     "tasks": mixtures,
+    "critics": critics,
     "broken": broken,
 }
 

@@ -1,0 +1,95 @@
+"""Does RL need a critic, and when does it find out that thinking pays? (`--only critics`)
+
+PPO beside RLOO, GRPO and Dr. GRPO, at equal numbers of rollouts and, by the choice of beta, about
+equal KL, against the reward model. Then PPO and GRPO on long sums alone, where the reward is only
+whether the last number is right: from the SFT model, and from one that has seen so few
+demonstrations that it cannot do the single steps.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.experiments.base import Base, read_cost
+from data.experiments.expected import read_log
+from data.experiments.jobs import Job, run_jobs
+from data.experiments.plots import band_panels, save, write_csv
+from data.run import COLOURS
+
+# Methods, with the beta at which each ends with a KL of about 1.5 nats.
+METHODS = {
+    "ppo": {},
+    "rloo": {"advantage": "rloo"},
+    "dr_grpo": {"advantage": "dr_grpo"},
+    "grpo": {"advantage": "grpo"},
+    "grpo, k3 in the loss": {"advantage": "grpo", "kl": "k3-loss"},
+}
+ON_SUMS = {"tasks": "chain", "reward": "exact"}
+THINKING = {  # where from, how -> options of PPO, beside ON_SUMS
+    "SFT, ppo": {},
+    "SFT, grpo": {"advantage": "grpo"},
+    "weak SFT, ppo": {},
+}
+WEAK = {"tasks": "chain", "demonstrations": 1500, "epochs": 1}  # of SFT: no step comes out right
+MARKERS = "o^sDv"
+
+
+def critics(out: Path, results: Path, bases: list[Base], quick: bool):
+    """Train with and without a critic, and on long sums; measure, and draw both."""
+    jobs, compared, thinking = [], [], []  # the latter two: (name, seed, folder of the run)
+    for seed, base in enumerate(bases):
+        sft = base.out / "sft/ckpt.pt"
+        for name, options in METHODS.items():
+            if name == "ppo":  # trained by the README's commands
+                compared.append((name, seed, base.out / "ppo"))
+                continue
+            start = {"seed": seed, "init": sft, "rm": base.out / "rm/ckpt.pt"}
+            job = Job(out / f"{name}, seed {seed}", "ppo", {**start, **options})
+            jobs.append(job)
+            compared.append((name, seed, job.folder))
+        options = {"seed": seed, "init": base.out / "pretrain/ckpt.pt", **WEAK}
+        weak = Job(out / f"weak, seed {seed}", "sft", options, 0.2)
+        jobs.append(weak)
+        for name, options in THINKING.items():
+            init = weak.result if name.startswith("weak") else sft
+            start = {"seed": seed, "init": init, **ON_SUMS}
+            job = Job(out / f"thinking, {name}, seed {seed}", "ppo", {**start, **options}, 0.8)
+            jobs.append(job)
+            thinking.append((name, seed, job.folder))
+    run_jobs(jobs)
+
+    rows = []
+    for name, seed, run in compared:
+        log, cost = read_log(run / "log.csv"), read_cost(run)
+        equal = [row["equal_groups"] for row in log if "equal_groups" in row]
+        row = {"method": name, "seed": seed, **bases[seed].measure(run)}
+        row |= {"seconds": cost["seconds"], "peak_gb": cost["peak_gb"]}
+        rows.append(row | ({"equal_groups": np.mean(equal)} if equal else {}))
+    write_csv(rows, results / "critics.csv")
+
+    curves = [
+        {"run": name, "seed": seed, "iteration": row["step"], **row}
+        for name, seed, run in thinking
+        for row in read_log(run / "log.csv")
+    ]
+    columns = ("run", "seed", "iteration", "exact_match", "shows_work", "length", "kl")
+    curves = [{name: row[name] for name in columns} for row in curves]
+    write_csv(curves, results / "thinking.csv")
+    draw_thinking(curves, results / "thinking.png")
+
+
+def draw_thinking(rows: list[dict], path: Path):
+    """How often the answer is right, whether the work is shown, and how long responses are."""
+    lines = []
+    for name, colour, marker in zip(THINKING, COLOURS, MARKERS):
+        some = [row for row in rows if row["run"] == name]
+        lines.append((name, some, {"color": colour, "marker": marker, "markersize": 3}))
+    units = {
+        "exact_match": "right answers, temperature 1",
+        "shows_work": "responses that show their work",
+        "length": "tokens per response",
+    }
+    figure, axes = band_panels(lines, "iteration", units, "iteration of PPO or GRPO")
+    for axis in axes[:2]:
+        axis.set_ylim(-0.02, 1.02)
+    save(figure, path, columns=3)
