@@ -12,7 +12,7 @@
     pi is the policy, pi_old the same when it sampled y; eps is --clip, and --value_clip for values
 
     Without a critic (--advantage rloo, grpo or dr_grpo) a prompt gets several responses, and
-    A' = how much more y earned in all than other responses to x did     (see `group_advantages`)
+    A' = how much more reward y earned than other responses to x         (see `group_advantages`)
 
     trained  policy (from SFT), critic (from the reward model; without one, from SFT)
     frozen   reference (the SFT model), reward model
@@ -34,7 +34,7 @@ and OpenAI's code, a response without an end gets a fixed score (trl subtracts a
 code, and not in the PPO paper, values are clipped and Adam's eps is 1e-5. Differs in: policy and
 critic are separate models, so no coefficient stands between their losses; no pretraining gradients
 are mixed in; learning rates fall to a tenth; every token counts the same, where GRPO divides by the
-length of its response.
+length of its response and Dr. GRPO by a constant; RLOO is clipped, where the paper has REINFORCE.
 """
 
 import math
@@ -89,11 +89,13 @@ class Config:
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (1 if right, or 0)
     beta: float = 0.25  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
-    kl: str = "k1-reward"  # estimate of the KL (k1, k2, k3), part of the -reward or of the -loss
+    kl: str = (
+        "k1-reward"  # k1, k2 or k3 (see kl_estimate), in the -reward or the -loss (not k1-loss)
+    )
     # advantages
     advantage: str = "gae"  # gae, with a critic; without one rloo, grpo or dr_grpo
     group: int = 8  # responses to every prompt if there is no critic
-    gamma: float = 1.0  # discount
+    gamma: float = 1.0  # GAE: discount
     lam: float = 0.95  # GAE: 1 trusts the rewards that followed, 0 the critic alone
     # updates
     epochs: int = 2  # passes over the rollouts of an iteration
@@ -232,12 +234,14 @@ def kl_estimate(log_ratio, estimate):
 
     k1, k2 and k3 of http://joschu.net/blog/kl-approx.html. The mean of k1 and of k3 is the KL, that
     of k2 nearly so while p and q are close. k1 may be negative (clipping it at 0 would bias it),
-    the others never are. k3 is the least noisy of them while p and q are close; later one token
-    that p has made rare counts q / p, and the mean jumps.
+    the others never are. While p and q are close, k2 and k3 are far less noisy than k1; once they
+    are apart, a single token that p has made rare adds q / p to k3, and its mean jumps.
 
     What they teach, though, depends on where they stand (Tang and Munos 2025). In the reward, k1
     has the gradient of KL(p || q). In the loss, k1 has none on average, k2 has that of KL(p || q),
-    and k3, which is GRPO's, that of KL(q || p).
+    and k3, which is GRPO's, that of KL(q || p), but each for one token at a time: what a token does
+    to the KL of those after it, which the return contains, is left out. And there beta weighs the
+    KL against A', which gae and grpo divide by an SD: it is not the beta of the reward.
     """
     if estimate == "k1":
         return log_ratio
@@ -273,8 +277,8 @@ def group_advantages(returns, prompts, how):
         dr_grpo   return - mean of all                     Liu et al. 2025
 
     The mean of the others does not depend on the response itself, so rloo is unbiased. dr_grpo is
-    (n - 1) / n of it with n responses to a prompt. The SD makes little of prompts on which
-    responses differ much: those that are nearly always, or nearly never, right count most.
+    (n - 1) / n of it with n responses to a prompt. Dividing by the SD gives prompts on which nearly
+    all responses are right, or nearly none, more weight than they have in the expected reward.
     """
     same = (prompts[:, None] == prompts).to(returns.dtype)  # (B, B)
     n = same.sum(1)
@@ -287,7 +291,7 @@ def group_advantages(returns, prompts, how):
 
 
 def equal_groups(scores, prompts) -> float:
-    """The fraction of responses whose group has one score: nothing can be learned from these."""
+    """The fraction of responses whose group has one score: of the reward these teach nothing."""
     same = prompts[:, None] == prompts  # (B, B)
     return (~same | (scores[:, None] == scores)).all(1).float().mean().item()
 
@@ -433,7 +437,10 @@ def assert_sampled(rows, replies, logprobs, rounding):
 
 
 def spread(scores, advantages) -> dict[str, float]:
-    """How much scores (B,) and advantages (N,) differ: if they do not, nothing is learned."""
+    """For the alarms: how much scores (B,) and advantages (N,) differ, and the best score.
+
+    Under gae the advantages are whitened, so their SD is 1, or 0 if all are equal.
+    """
     return {
         "score_sd": scores.std(correction=0).item(),
         "best_score": scores.max().item(),
@@ -477,9 +484,8 @@ def main(cfg: Config) -> dict:
     if cfg.reward == "rm":
         reward_model, made_from["rm"] = load_reward_model(cfg, checkpoint, device)
     if cfg.advantage == "gae":  # the others need no critic
-        critic = ScalarModel.from_gpt(policy).to(device)
-        if reward_model:
-            critic = deepcopy(reward_model).requires_grad_()
+        critic = deepcopy(reward_model) if reward_model else ScalarModel.from_gpt(policy)
+        critic.to(device).requires_grad_()
     ref.requires_grad_(False)
     set_speed(cfg, *(model for model in (policy, ref, critic, reward_model) if model))
     ref_before = checksum(ref)

@@ -27,23 +27,18 @@ def is_zero(column: str, below=1e-12):
 ALARMS = [
     Alarm(
         is_zero("grad_norm"),
-        "the gradient is 0, so nothing is learned: is the loss mask empty, or is the loss cut off "
-        "from the weights (no_grad, detach, .item())?",
+        "the gradient is 0, so nothing is learned: is the loss mask empty, or is the loss that of "
+        "another model?",
     ),
     Alarm(
         is_zero("policy_grad_norm"),
         "the policy's gradient is 0, so it learns nothing: are all advantages 0, or are the "
-        "log-probabilities cut off from the weights (no_grad, detach)?",
+        "log-probabilities those of another model?",
     ),
     Alarm(
         is_zero("critic_grad_norm"),
-        "the critic's gradient is 0: is its loss cut off from its weights (no_grad, detach), or is "
-        "it still as frozen as the reward model that it was copied from?",
-    ),
-    Alarm(
-        is_zero("approx_kl", below=1e-9),
-        "the updates of an iteration leave all log-probabilities as they were: is the learning "
-        "rate 0, or does the optimizer hold the parameters of another model?",
+        "the critic's gradient is 0: are the returns its own values, or are the values those of "
+        "another model?",
     ),
     Alarm(
         is_zero("score_sd", below=1e-6),
@@ -62,8 +57,9 @@ ALARMS = [
     ),
     Alarm(
         lambda row: row.get("best_score", 1) <= 0,
-        "no response scores above 0: is none ever right? RL only selects what the policy does "
-        "already, say once in a hundred samples. Or does the check refuse what is right?",
+        "no response scores above 0: is none ever right? RL can only reinforce what the policy "
+        "already does now and then, say once in a hundred samples. Or does the check refuse what "
+        "is right?",
     ),
     Alarm(
         lambda row: row.get("kl_full", 0) > 25,
@@ -81,7 +77,7 @@ ALARMS = [
 
 
 def checksum(model) -> float:
-    """A number that changes whenever a weight of the model does."""
+    """A number that changes with the weights, but for their signs and rare coincidences."""
     return sum(p.cpu().double().abs().sum().item() for p in model.parameters())
 
 
@@ -89,9 +85,9 @@ class Watch:
     """Looks at a model and at its log, row by row."""
 
     def __init__(self, model, patience: int):
-        """patience: in how many rows in a row a sign has to be seen."""
+        """patience: in how many consecutive rows a sign has to be seen."""
         self.model, self.before = model, checksum(model)
-        self.patience, self.rung = patience, set()
+        self.patience, self.said = patience, set()
 
     def look(self, rows: list[dict]) -> list[str]:
         """The alarms that begin to ring with the last row of a log."""
@@ -109,6 +105,6 @@ class Watch:
                 "no weight of the model has changed: is the learning rate 0, or does the optimizer "
                 "hold the parameters of another model?"
             )
-        new = [sentence for sentence in ringing if sentence not in self.rung]
-        self.rung |= {*new}
+        new = [sentence for sentence in ringing if sentence not in self.said]
+        self.said |= {*new}
         return [f"ALARM: {sentence}" for sentence in new]

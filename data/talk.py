@@ -39,6 +39,8 @@ class Config:
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p is a probability, above 0 and at most 1, not {self.top_p}")
+        if self.trace is not None and (self.ckpt or self.compare or self.export):
+            raise ValueError("--trace reads all stages of --out: leave out the other modes")
         if self.compare and self.export:
             raise ValueError("--export writes one model: leave out --compare")
 
@@ -92,7 +94,7 @@ def find_checkpoints(out: str | Path) -> dict[str, tuple[str, Path]]:
 
 
 def main(cfg: Config):
-    """Talk at the terminal, answer once, compare, or export."""
+    """Talk at the terminal, answer once, compare, trace, or export."""
     device = start(cfg)
     if cfg.trace is not None:
         trace(cfg.trace, Path(cfg.out), cfg.max_new_tokens, cfg.seed, device)

@@ -10,7 +10,7 @@ which the scripts train:
                    advantage A. A run keeps its policy only, so V is that of the critic as it
                    begins: the reward model, read at every token
     DPO            beta log(pi / pi_ref) of every token of the two responses: the implicit reward
-    reward model   its score so far, after every token of the two; it is trained on the last ones
+    reward model   its score after every token of the two; only the last one of each is trained
 
 Of the two, the one that the reward model likes better stands for the one that annotators chose.
 """
@@ -49,6 +49,8 @@ def inside_ppo(policy, ref, reward_model, rows, replies, cfg: PPOConfig, pad: in
     )
     sequences = [row["ids"] + reply.ids for row, reply in zip(rows, replies)]
     scores = last_token_scores(reward_model, sequences, pad)
+    ended = torch.tensor([reply.ended for reply in replies], device=scores.device)
+    scores = scores.where(ended, cfg.no_end_score)
     estimate, place = cfg.kl.split("-")
     beta = cfg.beta if place == "reward" else 0.0
     rewards = token_rewards(scores, logprobs, ref_logprobs, mask, beta, estimate)
@@ -121,7 +123,8 @@ def draw(path: Path, panels: list[tuple[str, list[str], dict[str, list[float]]]]
                 axis.bar(range(len(tokens)), values, color=colour, alpha=0.5, label=name)
             else:
                 axis.plot(range(len(tokens)), values, "o-", color=colour, label=name)
-        axis.set(title=title, ylabel="SD of SFT samples", xlim=(-0.6, len(tokens) - 0.4))
+        unit = "SD of SFT samples\n(implicit reward: logits)"
+        axis.set(title=title, ylabel=unit, xlim=(-0.6, len(tokens) - 0.4))
         axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.legend(fontsize=8)
@@ -142,6 +145,8 @@ def trace(prompt: str, out: Path, max_new_tokens: int, seed: int, device):
             raise InputError(f"{path} has another tokenizer than {out}/sft: train it again")
     (ref, sft), (reward_model, _), (ppo, of_ppo), (dpo, of_dpo) = loaded.values()
     ppo_cfg, dpo_cfg = PPOConfig(**of_ppo["train_config"]), DPOConfig(**of_dpo["train_config"])
+    if (ppo_cfg.reward, ppo_cfg.advantage) != ("rm", "gae"):
+        print("note: this policy was not trained so: the tables show a reward model and a critic\n")
     tokenizer = load_tokenizer(sft["tokenizer"])
     row = {"ids": encode_prompt(tokenizer, question(prompt))}
 

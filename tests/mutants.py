@@ -1622,7 +1622,7 @@ MUTANTS = [
         "deviation * (n - 1) / n",
         "RLOO is Dr. GRPO at a lower learning rate, and no longer unbiased.",
         "common: a fraction upside down",
-        "test_ppo.py::test_rloo_is_unbiased_dr_grpo_too_short_and_grpo_depends_on_how_hard_the_prompt_is",
+        "test_ppo.py::test_rloo_is_unbiased_dr_grpo_is_scaled_and_grpo_ignores_the_scale_of_rewards",
     ),
     Bug(
         "train_ppo.py",

@@ -224,7 +224,8 @@ def gradient_of_kl(p_logits, q_logits, of_q_to_p=False):
 
 @pytest.mark.parametrize("estimate", ["k1", "k2", "k3"])
 def test_what_an_estimate_of_kl_teaches_depends_on_where_it_stands(estimate):
-    """In the reward and in the loss, by these very functions, in a world of three tokens.
+    """In the reward and in the loss, by these very functions, for responses of one token, of a
+    vocabulary of three.
 
     k3's mean is KL(p || q), and yet its gradient in the loss is that of KL(q || p). k1 in the loss
     does nothing at all: log p of what p itself draws has a mean gradient of 0.
@@ -284,7 +285,7 @@ def test_where_all_responses_to_a_prompt_earn_the_same_there_is_nothing_to_learn
     assert equal_groups(scores, torch.zeros(6)) == 0 and equal_groups(scores * 0, prompts) == 1
 
 
-def test_rloo_is_unbiased_dr_grpo_too_short_and_grpo_depends_on_how_hard_the_prompt_is():
+def test_rloo_is_unbiased_dr_grpo_is_scaled_and_grpo_ignores_the_scale_of_rewards():
     """Over all pairs of responses that a policy of three can give to a prompt, with their
     probabilities: the mean of the policy gradient, against that of the expected reward."""
 
@@ -378,7 +379,7 @@ def test_beta_can_grow_by_two_thirds_within_a_default_run():
 @pytest.mark.parametrize(
     "how, kl", [("gae", "k1-reward"), ("rloo", "k1-reward"), ("dr_grpo", "k2-loss")]
 )
-def test_on_a_bandit_they_find_the_policy_that_kl_regularised_reward_maximisation_has(how, kl):
+def test_on_a_bandit_every_method_finds_the_optimal_kl_regularised_policy(how, kl):
     """pi* = pi_ref exp(r / beta) / Z, reached with these very functions on one-token responses.
 
     Without a critic, all 4,000 are responses to one prompt.

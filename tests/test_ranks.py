@@ -81,20 +81,22 @@ LONGER = {  # about 20 steps of each
     "ppo": dict(iterations=5, rollouts=9, save_every=100, eval_every=5, target_kl=1.0),
     "dpo": dict(epochs=3, save_every=100, eval_every=20),
 }
+LONGER["ppo, without a critic"] = {**LONGER["ppo"], "advantage": "rloo", "group": 3}
 
 
 LONG = pytest.mark.thorough
 
 
 @pytest.mark.parametrize(
-    "stage", ["pretrain", *(pytest.param(x, marks=LONG) for x in ("sft", "rm", "ppo", "dpo"))]
+    "what", ["pretrain", *(pytest.param(x, marks=LONG) for x in LONGER if x != "pretrain")]
 )
-def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, stage):
+def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch, what):
+    stage = what.split(",")[0]
     for out in (tmp_path / "one", tmp_path / "two"):
         prepare(chain, out, stage)
     monkeypatch.setattr("train_ppo.sample_replies", replies_without_chance)
-    run(stage, tmp_path / "one", **LONGER[stage])
-    result = two_ranks(stage, tmp_path / "two", tmp_path, **LONGER[stage])
+    run(stage, tmp_path / "one", **LONGER[what])
+    result = two_ranks(stage, tmp_path / "two", tmp_path, **LONGER[what])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes on cpu") == result.stdout.count("results in") == 1
 

@@ -43,10 +43,11 @@ def log_ratios(policy, ref, row, reply):
     return found
 
 
-def test_what_ppo_sees_of_a_reply_is_what_a_loop_over_its_tokens_finds(models):
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_ppo_sees_of_a_reply_is_what_a_loop_over_its_tokens_finds(models, ended):
     policy, ref, reward_model, tokenizer = models
     row, (reply,) = conversation(tokenizer, "12-5 is 7. Have a lovely day!")
-    cfg = PPOConfig(beta=0.3, gamma=0.9, lam=0.8)
+    cfg, reply = PPOConfig(beta=0.3, gamma=0.9, lam=0.8), reply._replace(ended=ended)
     found = inside_ppo(policy, ref, reward_model, [row], [reply], cfg, tokenizer.pad)
     n, first = len(reply.ids), len(row["ids"]) - 1
     assert found["mask"].tolist() == [[False] * first + [True] * n]
@@ -56,7 +57,7 @@ def test_what_ppo_sees_of_a_reply_is_what_a_loop_over_its_tokens_finds(models):
     with torch.no_grad():
         read = reward_model(torch.tensor([row["ids"] + reply.ids]))[0].tolist()
     rewards = [-0.3 * ratio for ratio in ratios]
-    rewards[-1] += read[-1]
+    rewards[-1] += read[-1] if ended else cfg.no_end_score
     values = read[first:-1] + [0.0]  # nothing comes after the last token
     advantages, after = [], 0.0
     for t in reversed(range(n)):
@@ -117,7 +118,9 @@ def test_a_trace_is_two_pages_of_numbers_and_a_picture(chain, tmp_path, capsys):
     assert of_ppo.split()[1:3] == ["log", "pi"] and of_pair.count("implicit reward") == 2
     assert (tmp_path / "out" / "trace.png").stat().st_size > 30_000
     last = float(re.search(r"The score of the response, (\S+), arrives", said)[1])
-    assert any(line.startswith("chosen: ") for line in said.split("\n")) and abs(last) < 50
+    *_, row = said[: said.index("\nThe score of the")].rstrip().split("\n")
+    penalty, reward = map(float, row.split()[-4:-2])
+    assert last == pytest.approx(reward - penalty, abs=2e-3) and "\nchosen: " in said
     margin, loss = map(float, re.search(r"margin (\S+), loss (\S+)", said).groups())
     assert loss == pytest.approx(-torch.tensor(margin).sigmoid().log().item(), abs=1e-3)
 
