@@ -201,6 +201,7 @@ def main(cfg: Config) -> dict:
     def tensors(sequences: list[tuple[list, list]]):
         tokens = pad([ids for ids, _ in sequences], tokenizer.pad)  # (B, T)
         mask = pad([mask for _, mask in sequences], 0).bool()  # (B, T)
+        assert mask.any(1).all(), "a row without a supervised token teaches nothing"
         return tokens.to(device), mask.to(device)
 
     def both_sides(batch: list[dict]):

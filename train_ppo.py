@@ -43,6 +43,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.alarms import checksum
 from data.chat import encode_prompt, one_line, pad, question, sample_replies, transcript
@@ -89,9 +90,7 @@ class Config:
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (1 if right, or 0)
     beta: float = 0.25  # KL coefficient, the one to start from if target_kl is given
     target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
-    kl: str = (
-        "k1-reward"  # k1, k2 or k3 (see kl_estimate), in the -reward or the -loss (not k1-loss)
-    )
+    kl: str = "k1-reward"  # k1, k2 or k3 (see kl_estimate), in the -reward or in the -loss
     # advantages
     advantage: str = "gae"  # gae, with a critic; without one rloo, grpo or dr_grpo
     group: int = 8  # responses to every prompt if there is no critic
@@ -263,7 +262,10 @@ def gae(rewards, values, mask, gamma, lam):
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
-    assert not advantages[~mask].any(), "rewards or values have been summed across the padding"
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last token: A = R - V, and nothing follows
+    assert not advantages[~mask].any() and torch.allclose(
+        advantages[last], (rewards - values)[last], atol=1e-4
+    ), "rewards or values have been summed across the padding"
     return advantages, (advantages + values) * mask
 
 
@@ -426,13 +428,22 @@ def judged(rows, replies) -> dict[str, float]:
 # The stage
 
 
+def forward_passes(policy, critic, reward_model, epochs: int) -> float:
+    """What an iteration costs, in forward passes of the policy over all its tokens."""
+    updates = 3 * epochs  # forward 1, backward 2
+    passes = 2 + updates + 1  # policy: sampling, old log-probabilities, updates; reference
+    for model, n in ((reward_model, 1), (critic, 1 + updates)):
+        passes += n * model.config.n_layer / policy.config.n_layer if model else 0
+    return passes
+
+
 def assert_sampled(rows, replies, logprobs, rounding):
     """Assert that the sampler had the log-probabilities (B, T) that PPO scores."""
     sampled = [[0.0] * (len(row["ids"]) - 1) + r.logprobs for row, r in zip(rows, replies)]
     worst = (pad(sampled, 0.0).to(logprobs.device) - logprobs).abs().max().item()
     assert worst < rounding, (
         f"the sampler's log-probabilities are off by {worst:.3g} from those that PPO scores: is it "
-        "the same model, at the same temperature?"
+        "the same model, at the same temperature, and is the mask that of the response?"
     )
 
 
@@ -608,6 +619,8 @@ def main(cfg: Config) -> dict:
                 measured.append([*sums[:3].tolist(), norm, sums[3].item(), critic_norm])
                 step_optimizers(optimizers, lr_at(iteration, cfg.iterations, cfg.warmup, floor=0.1))
 
+        assert iteration > 1 or checksum(ref) == ref_before, "the reference must not move"
+
         # 4. Report.
         names = MEASURED if critic else MEASURED[:4]
         run.log(
@@ -627,11 +640,7 @@ def main(cfg: Config) -> dict:
             **mean_over_ranks(device, **dict(zip(names, np.mean(measured, 0)))),
         )
         kl_coefficient.update(kl.mean().item())
-        # Policy: sampling, old logprobs, updates; reference; reward model; critic: values, updates.
-        updates = 3 * cfg.epochs  # forward 1, backward 2
-        passes = 2 + updates + 1
-        for model, n in ((reward_model, 1), (critic, 1 + updates)):
-            passes += n * model.config.n_layer / policy.config.n_layer if model else 0
+        passes = forward_passes(policy, critic, reward_model, cfg.epochs)
         run.count(sum(widths) + len(widths), passes)
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:

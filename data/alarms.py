@@ -24,26 +24,18 @@ def is_zero(column: str, below=1e-12):
     return lambda row: column in row and abs(row[column]) < below
 
 
+# The more a sentence says about the cause, the earlier it comes.
 ALARMS = [
-    Alarm(
-        is_zero("grad_norm"),
-        "the gradient is 0, so nothing is learned: is the loss mask empty, or is the loss that of "
-        "another model?",
-    ),
-    Alarm(
-        is_zero("policy_grad_norm"),
-        "the policy's gradient is 0, so it learns nothing: are all advantages 0, or are the "
-        "log-probabilities those of another model?",
-    ),
-    Alarm(
-        is_zero("critic_grad_norm"),
-        "the critic's gradient is 0: are the returns its own values, or are the values those of "
-        "another model?",
-    ),
     Alarm(
         is_zero("score_sd", below=1e-6),
         "all responses have the same score, so there is nothing to prefer: is the reward a "
         "constant, has no response an end, or is none ever right?",
+    ),
+    Alarm(
+        lambda row: row.get("best_score", 1) <= 0,
+        "no response scores above 0: is none ever right? RL can only reinforce what the policy "
+        "already does now and then, say once in a hundred samples. Or does the check refuse what "
+        "is right?",
     ),
     Alarm(
         lambda row: row.get("equal_groups") == 1,
@@ -56,10 +48,25 @@ ALARMS = [
         "differ at all?",
     ),
     Alarm(
-        lambda row: row.get("best_score", 1) <= 0,
-        "no response scores above 0: is none ever right? RL can only reinforce what the policy "
-        "already does now and then, say once in a hundred samples. Or does the check refuse what "
-        "is right?",
+        is_zero("margin", below=1e-9),
+        "chosen and rejected are exactly as likely, at every step: are they the same responses, or "
+        "is the learning rate 0?",
+    ),
+    Alarm(
+        # Of a loss that says nothing, such as that of equal responses, rounding is left: 5e-7.
+        is_zero("grad_norm", below=5e-6),
+        "the gradient is 0, so nothing is learned: is the loss mask empty, are chosen and rejected "
+        "the same, or is the loss that of another model?",
+    ),
+    Alarm(
+        is_zero("policy_grad_norm"),
+        "the policy's gradient is 0, so it learns nothing: are all advantages 0, or are the "
+        "log-probabilities those of another model?",
+    ),
+    Alarm(
+        is_zero("critic_grad_norm"),
+        "the critic's gradient is 0: are the returns its own values, or are the values those of "
+        "another model?",
     ),
     Alarm(
         lambda row: row.get("kl_full", 0) > 25,
@@ -68,25 +75,23 @@ ALARMS = [
         "penalty have the wrong sign?",
         later=True,
     ),
-    Alarm(
-        lambda row: "chosen" in row and max(abs(row["chosen"]), abs(row["rejected"])) < 1e-6,
-        "chosen and rejected responses are exactly as likely as under the reference: is the "
-        "learning rate 0, or is the reference the model itself?",
-    ),
 ]
 
 
-def checksum(model) -> float:
-    """A number that changes with the weights, but for their signs and rare coincidences."""
-    return sum(p.cpu().double().abs().sum().item() for p in model.parameters())
+def checksum(model) -> dict[str, float]:
+    """A number for every weight tensor of a model, which changes with it."""
+    weights = model.state_dict().items()
+    return {name: w.detach().cpu().double().abs().sum().item() for name, w in weights}
 
 
 class Watch:
-    """Looks at a model and at its log, row by row."""
+    """Looks at models that are trained, and at the log, row by row."""
 
-    def __init__(self, model, patience: int):
-        """patience: in how many consecutive rows a sign has to be seen."""
-        self.model, self.before = model, checksum(model)
+    def __init__(self, models: dict, patience: int):
+        """models: those that learn, by name. patience: in how many consecutive rows a sign has to
+        be seen."""
+        self.models = models
+        self.before = {name: checksum(model) for name, model in models.items()}
         self.patience, self.said = patience, set()
 
     def look(self, rows: list[dict]) -> list[str]:
@@ -100,11 +105,22 @@ class Watch:
             for alarm in ALARMS
             if (at_start or alarm.later) and all(alarm.sign(row) for row in last)
         ]
-        if at_start and checksum(self.model) == self.before:
-            ringing.append(
-                "no weight of the model has changed: is the learning rate 0, or does the optimizer "
-                "hold the parameters of another model?"
-            )
+        ringing += self.what_stands_still() if at_start else []
         new = [sentence for sentence in ringing if sentence not in self.said]
         self.said |= {*new}
         return [f"ALARM: {sentence}" for sentence in new]
+
+    def what_stands_still(self) -> list[str]:
+        """A sentence for every model of which most weight matrices are as they were."""
+        sentences = []
+        for name, model in self.models.items():
+            matrices = [key for key, weight in model.named_parameters() if weight.dim() > 1]
+            now = checksum(model)
+            still = [key for key in matrices if now[key] == self.before[name][key]]
+            if len(still) > len(matrices) / 2:
+                sentences.append(
+                    f"{len(still)} of {len(matrices)} weight matrices of the {name}, such as "
+                    f"{still[-1]}, have not changed: is the learning rate 0, does the optimizer "
+                    "hold other weights, or is the graph cut (detach, no_grad)?"
+                )
+        return sentences

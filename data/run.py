@@ -407,7 +407,8 @@ class Run:
         if self.check:
             for past in range(first):  # so that the summary knows of it
                 self.check.look(self.rows, past)
-        watch = Watch(model, patience=2 if self.stage == "ppo" else 3)
+        learning = {k: v for k, v in trained.items() if isinstance(v, torch.nn.Module)}
+        watch = Watch(learning, patience=2 if self.stage == "ppo" else 3)
         device = next(model.parameters()).device
         # disable=None: no bar where the output is not a terminal, say a log file
         silent = True if RANK > 0 else None

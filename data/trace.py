@@ -133,67 +133,87 @@ def draw(path: Path, panels: list[tuple[str, list[str], dict[str, list[float]]]]
     figure.savefig(path, dpi=120)
 
 
-def trace(prompt: str, out: Path, max_new_tokens: int, seed: int, device):
-    """Print the tables of a prompt, and draw them to out/trace.png."""
+def options_of(kind, checkpoint: dict, stage: str):
+    """The options with which a run was started; raises InputError if they are none of today's."""
+    try:
+        return kind(**checkpoint["train_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{stage} was trained by another version of train_{stage}.py: {error}")
+
+
+def load_stages(out: Path, device) -> dict[str, tuple[GPT | ScalarModel, dict]]:
+    """stage -> its model and checkpoint. Raises InputError if one is missing, or reads otherwise
+    than the SFT model does."""
     loaded = {}
     for stage in ("sft", "rm", "ppo", "dpo"):
         path = out / stage / "ckpt.pt"
         if not path.exists():
             raise InputError(f"--trace needs {path}: run `python train_{stage}.py` first")
         loaded[stage] = load_model(path, device, ScalarModel if stage == "rm" else GPT)
-        if loaded[stage][1]["tokenizer"] != loaded["sft"][1]["tokenizer"]:
-            raise InputError(f"{path} has another tokenizer than {out}/sft: train it again")
-    (ref, sft), (reward_model, _), (ppo, of_ppo), (dpo, of_dpo) = loaded.values()
-    ppo_cfg, dpo_cfg = PPOConfig(**of_ppo["train_config"]), DPOConfig(**of_dpo["train_config"])
+        (model, made), (sft, of_sft) = loaded[stage], loaded["sft"]
+        if made["tokenizer"] != of_sft["tokenizer"] or made["stage"] != stage:
+            raise InputError(
+                f"{path} has another tokenizer or stage than it should: train it again"
+            )
+        if model.config.context < sft.config.context:
+            raise InputError(f"{path} has a smaller context than {out}/sft: train it again")
+    return loaded
+
+
+def trace(prompt: str, out: Path, max_new_tokens: int, seed: int, device):
+    """Print the tables of a prompt, and draw them to out/trace.png."""
+    loaded = load_stages(out, device)
+    (ref, of_sft), (reward_model, _), (ppo, of_ppo), (dpo, of_dpo) = loaded.values()
+    ppo_cfg, dpo_cfg = options_of(PPOConfig, of_ppo, "ppo"), options_of(DPOConfig, of_dpo, "dpo")
     if (ppo_cfg.reward, ppo_cfg.advantage) != ("rm", "gae"):
         print("note: this policy was not trained so: the tables show a reward model and a critic\n")
-    tokenizer = load_tokenizer(sft["tokenizer"])
+    tokenizer = load_tokenizer(of_sft["tokenizer"])
     row = {"ids": encode_prompt(tokenizer, question(prompt))}
 
     def ask(model, n, temperature):
         how = dict(max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
         return sample_replies(model, tokenizer, [row["ids"]] * n, **how)
 
-    def shown(values, reply, i=0):  # those of the response alone
+    def of_response(values, reply, i=0):
         return values[i, len(row["ids"]) - 1 :][: len(reply.ids)].tolist()
 
+    # ---- PPO: a response of the policy
     (said,) = ask(ppo, 1, ppo_cfg.temperature)
     found = inside_ppo(ppo, ref, reward_model, [row], [said], ppo_cfg, tokenizer.pad)
     shape = tuple(found.pop("mask").shape)
-    ours = {name: shown(values, said) for name, values in found.items()}
+    columns = {name: of_response(values, said) for name, values in found.items()}
+    score = columns["reward R"][-1] - columns["penalty"][-1]
     print(
         f"> {prompt}\n\nPPO (beta {ppo_cfg.beta}) says: {said.text}\n"
         f"All tensors are (B, T) = {shape}: {len(row['ids'])} tokens of the prompt and "
         f"{len(said.ids)} of the response, of which the last is not read, only predicted.\n"
     )
-    print("\n".join(table(tokens_of(tokenizer, said), ours)))
-    last = ours["reward R"][-1] - ours["penalty"][-1]
-    print(f"\nThe score of the response, {last:.3f}, arrives at the last token; GAE spreads it.\n")
+    print("\n".join(table(tokens_of(tokenizer, said), columns)))
+    print(f"\nThe score of the response, {score:.3f}, arrives at the last token; GAE spreads it.\n")
+    curves = {name: columns[name] for name in ("reward R", "value V", "advantage A")}
+    panels = [(f"PPO: {said.text}", tokens_of(tokenizer, said), curves)]
 
+    # ---- DPO and the reward model: two responses of the SFT model
     pair = ask(ref, 2, 1.0)
     sequences = [row["ids"] + reply.ids for reply in pair]
-    scores = last_token_scores(reward_model, sequences, tokenizer.pad)
-    chosen, rejected = pair if scores[0] >= scores[1] else pair[::-1]
-    both = [chosen, rejected]
-    found = inside_pair(dpo, ref, reward_model, [row] * 2, both, dpo_cfg, tokenizer.pad)
-    sides = []
-    for i, (name, reply) in enumerate(zip(("chosen", "rejected"), both)):
-        columns = {k: shown(found[k], reply, i) for k in ("implicit reward", "score so far")}
-        sides.append((name, reply, columns))
+    first, second = last_token_scores(reward_model, sequences, tokenizer.pad).tolist()
+    pair = pair if first >= second else pair[::-1]
+    found = inside_pair(dpo, ref, reward_model, [row] * 2, pair, dpo_cfg, tokenizer.pad)
+    tables, rewards, scores = [], [], []
+    for i, (name, reply) in enumerate(zip(("chosen", "rejected"), pair)):
         print(f"{name}: {reply.text}")
+        columns = {k: of_response(found[k], reply, i) for k in ("implicit reward", "score so far")}
+        tables.append(table(tokens_of(tokenizer, reply), columns))
+        panels.append((f"{name}: {reply.text}", tokens_of(tokenizer, reply), columns))
+        rewards.append(sum(columns["implicit reward"]))
+        scores.append(columns["score so far"][-1])
     print("\nchosen, and beside it rejected:")
-    tables = (table(tokens_of(tokenizer, reply), columns) for _, reply, columns in sides)
     for left, right in itertools.zip_longest(*tables, fillvalue=""):
         print(f"{left:50}{right}".rstrip())
-    rewards = [sum(columns["implicit reward"]) for *_, columns in sides]
-    scores = [columns["score so far"][-1] for *_, columns in sides]
     print(
         f"\nDPO: implicit rewards {rewards[0]:.3f} and {rewards[1]:.3f}, "
         f"margin {found['margin']:.3f}, loss {found['dpo_loss']:.3f}\n"
         f"reward model: scores {scores[0]:.3f} and {scores[1]:.3f}, loss {found['rm_loss']:.3f}"
     )
-    curves = {name: ours[name] for name in ("reward R", "value V", "advantage A")}
-    panels = [(f"PPO: {said.text}", tokens_of(tokenizer, said), curves)]
-    panels += [(f"{n}: {r.text}", tokens_of(tokenizer, r), columns) for n, r, columns in sides]
     draw(out / "trace.png", panels)
     print(f"a picture of it is in {out}/trace.png")

@@ -1,6 +1,8 @@
 """Alarms: bugs that make a run inert are planted, and each is named; right runs are silent."""
 
 import inspect
+import json
+import re
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tiny_runs import SCRIPTS, prepare, run
 
 import train_ppo
 from data.alarms import ALARMS, Watch
+from data.files import write_rows
 from gpt import load_checkpoint, save_checkpoint
 
 
@@ -16,7 +19,8 @@ def alarms_of(capsys, stage, out, **options):
     capsys.readouterr()
     run(stage, out, **options)
     said = capsys.readouterr().out.split("\n")
-    return [line.removeprefix("ALARM: ")[:38] for line in said if line.startswith("ALARM")]
+    alarms = [line.removeprefix("ALARM: ") for line in said if line.startswith("ALARM")]
+    return [re.sub(r"^\d+ of \d+ ", "", text)[:38] for text in alarms]
 
 
 GRADIENT = "the policy's gradient is 0, so it lear"
@@ -24,7 +28,7 @@ SCORES = "all responses have the same score, so "
 GROUPS = "within every group all responses have "
 ADVANTAGES = "all tokens have the same advantage, so"
 NEVER = "no response scores above 0: is none ev"
-UNMOVED = "no weight of the model has changed: is"
+UNMOVED = "weight matrices of the model, such as "
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
@@ -93,6 +97,40 @@ def test_weights_that_do_not_move_are_named(chain, tmp_path, capsys, stage):
     assert UNMOVED in alarms_of(capsys, stage, tmp_path, lr=0.0, **off)
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo", "rm"])
+def test_a_trunk_without_gradient_is_named_though_the_head_learns(
+    chain, tmp_path, capsys, monkeypatch, stage
+):
+    """As from a detach between the blocks and the head, which has weights of its own."""
+    prepare(chain, tmp_path, stage)
+    average = SCRIPTS[stage].average_gradients
+
+    def head_alone(model, *rest):
+        for name, weight in model.named_parameters():
+            if "h." in name:
+                weight.grad = None
+        return average(model, *rest)
+
+    monkeypatch.setattr(SCRIPTS[stage], "average_gradients", head_alone)
+    monkeypatch.setattr(train_ppo, "proxy_reward", by_length)
+    found = alarms_of(capsys, stage, tmp_path, **({"reward": "gold"} if stage == "ppo" else {}))
+    assert UNMOVED in found
+    assert (stage == "ppo") == any("matrices of the critic" in text for text in found)
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_pairs_of_equal_responses_are_named(chain, tmp_path, capsys, stage):
+    """The loss stays ln 2, and what is left of the gradient is rounding."""
+    prepare(chain, tmp_path, stage)
+    path = tmp_path / "preferences.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_rows([{**row, "rejected": row["chosen"], "gold": [0.0, 0.0]} for row in rows], path)
+    found = alarms_of(capsys, stage, tmp_path)
+    assert ("the gradient is 0, so nothing is lear" in " ".join(found)) or (
+        stage == "dpo" and any(text.startswith("chosen and rejected are exactly") for text in found)
+    )
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])
 def test_a_gradient_of_0_is_named(chain, tmp_path, capsys, monkeypatch, stage):
     """As if the loss were that of another model: no gradient reaches this one."""
@@ -103,11 +141,15 @@ def test_a_gradient_of_0_is_named(chain, tmp_path, capsys, monkeypatch, stage):
     assert "the gradient is 0, so nothing is lear" in " ".join(alarms_of(capsys, stage, tmp_path))
 
 
-def test_a_sum_across_the_padding_is_named(ppo, monkeypatch):
-    """GAE that does not know where a response ends: its mask is left out."""
+@pytest.mark.parametrize("when_stored", [False, True])
+def test_a_sum_across_the_padding_is_named(ppo, monkeypatch, when_stored):
+    """GAE that does not know where a response ends: its mask is left out, or comes too late."""
     source = inspect.getsource(train_ppo.gae)
     assert source.count(" * mask[:, t]") == 2
-    exec(source.replace(" * mask[:, t]", ""), planted := vars(train_ppo).copy())
+    source = source.replace(" * mask[:, t]", "")
+    if when_stored:
+        source = source.replace("] = next_advantage", "] = next_advantage * mask[:, t]")
+    exec(source, planted := vars(train_ppo).copy())
     monkeypatch.setattr(train_ppo, "gae", planted["gae"])
     with pytest.raises(AssertionError, match="summed across the padding"):
         ppo()
@@ -151,7 +193,7 @@ class Still(torch.nn.Linear):
 
 def test_a_sign_has_to_last_and_only_kl_rings_later():
     model = Still()
-    watch = Watch(model, patience=3)
+    watch = Watch({"model": model}, patience=3)
     model.move()
     far, zero, good = {"kl_full": 26.0}, {"grad_norm": 0.0}, {"grad_norm": 1.0, "kl_full": 2.0}
     rows, said = [], []
@@ -162,9 +204,9 @@ def test_a_sign_has_to_last_and_only_kl_rings_later():
 
 
 # One row for each alarm, in their order.
-ROWS = [{"grad_norm": 0.0}, {"policy_grad_norm": 0.0}, {"critic_grad_norm": 0.0}]
-ROWS += [{"score_sd": 0.0}, {"equal_groups": 1.0}, {"advantage_sd": 0.0}, {"best_score": 0.0}]
-ROWS += [{"kl_full": 25.1}, {"chosen": 0.0, "rejected": 0.0}]
+ROWS = [{"score_sd": 0.0}, {"best_score": 0.0}, {"equal_groups": 1.0}, {"advantage_sd": 0.0}]
+ROWS += [{"margin": 0.0}, {"grad_norm": 5e-7}, {"policy_grad_norm": 0.0}]
+ROWS += [{"critic_grad_norm": 0.0}, {"kl_full": 25.1}]
 
 
 def test_every_sign_is_seen_in_its_own_row_alone():
@@ -172,5 +214,5 @@ def test_every_sign_is_seen_in_its_own_row_alone():
     assert seen == torch.eye(len(ROWS), dtype=torch.bool).tolist()
     right = {"grad_norm": 0.1, "policy_grad_norm": 1e-6, "critic_grad_norm": 1e-6, "score_sd": 0.1}
     right |= {"equal_groups": 0.99, "advantage_sd": 1.0, "best_score": 0.1, "kl_full": 2.0}
-    right |= {"chosen": 0.0, "rejected": 1e-3}
+    right |= {"margin": -1e-4}
     assert not any(alarm.sign(right) for alarm in ALARMS)

@@ -925,7 +925,7 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
         assert path.name == "log.csv"
         on_sums = path.parent in {job.folder for job in ran if "tasks" in job.options}
         row = dict(exact_match=0.5, length=9.0, kl=1.0, **{"shows_work": 0.2} if on_sums else {})
-        groups = {} if "base" in str(path) or "ppo, " in str(path) else {"equal_groups": 0.25}
+        groups = {} if "ppo, seed" in str(path) else {"equal_groups": 0.25}
         return [{"step": float(step), **row, **groups} for step in range(3)]
 
     monkeypatch.setattr(critics, "read_log", log)
@@ -937,12 +937,10 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
         assert weak.options["init"] == base.out / "pretrain/ckpt.pt"
         assert weak.options["tasks"] == "chain" and weak.options["demonstrations"] < 2000
         for name, options in critics.METHODS.items():
-            found = [job for job in mine if job.out.name == f"{name}, seed {seed}"]
-            assert len(found) == (name != "ppo")
-            for job in found:
-                assert job.options.items() >= options.items() and "tasks" not in job.options
-                assert job.options["rm"] == base.out / "rm/ckpt.pt"
-                assert job.options["init"] == base.out / "sft/ckpt.pt"
+            (job,) = (job for job in mine if job.out.name == f"{name}, seed {seed}")
+            assert job.options.items() >= options.items() and "tasks" not in job.options
+            assert job.options["rm"] == base.out / "rm/ckpt.pt"
+            assert job.options["init"] == base.out / "sft/ckpt.pt"
         for name, options in critics.THINKING.items():
             (job,) = (job for job in mine if job.out.name == f"thinking, {name}, seed {seed}")
             assert (job.options["tasks"], job.options["reward"]) == ("chain", "exact")

@@ -41,11 +41,15 @@ data.run.run_script(script.main, script.Config)
 
 
 def replies_without_chance(model, tokenizer, prompts, max_new_tokens, seed, temperature):
-    """Replies that follow from the prompt alone, some without an end, and how likely they are."""
+    """Replies that follow from the prompt and its place in the whole batch alone, some without an
+    end, and how likely they are."""
     replies = []
-    for prompt in prompts:
-        ids = [(7 * sum(prompt) + i) % tokenizer.pad for i in range(1 + sum(prompt) % 3)]
-        ended = sum(prompt) % 5 > 0
+    for number, prompt in enumerate(prompts):
+        # A shard has every WORLD-th prompt; held-out ones, asked greedily, are not shared.
+        place = data.run.RANK + data.run.WORLD * number if temperature else 0
+        about = sum(prompt) + place
+        ids = [(7 * about + i) % tokenizer.pad for i in range(1 + about % 3)]
+        ended = about % 5 > 0
         text, ids = tokenizer.decode(ids), ids + [tokenizer.end] * ended
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids]))[0] @ model.head.T  # (T, V)
@@ -99,6 +103,7 @@ def test_two_ranks_reach_the_weights_of_one_process(chain, tmp_path, monkeypatch
     result = two_ranks(stage, tmp_path / "two", tmp_path, **LONGER[what])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes on cpu") == result.stdout.count("results in") == 1
+    assert "gradient is 0" not in result.stdout
 
     one, two = (
         torch.load(tmp_path / n / stage / "ckpt.pt", weights_only=True)["model"]

@@ -40,9 +40,6 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
     for seed, base in enumerate(bases):
         sft = base.out / "sft/ckpt.pt"
         for name, options in METHODS.items():
-            if name == "ppo":  # trained by the README's commands
-                compared.append((name, seed, base.out / "ppo"))
-                continue
             start = {"seed": seed, "init": sft, "rm": base.out / "rm/ckpt.pt"}
             job = Job(out / f"{name}, seed {seed}", "ppo", {**start, **options})
             jobs.append(job)
