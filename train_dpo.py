@@ -7,7 +7,7 @@
     reads    out/sft/ckpt.pt, out/preferences.jsonl (or --data pairs.jsonl)
     writes   out/dpo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_dpo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 0.8 SD, KL 1.8 nats per response
+    expect   1 minute on two cores; gold of samples from 0.2 to 0.8 SD, KL 1.0 nats per response
 
 Why this is RLHF, in four lines:
 

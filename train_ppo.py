@@ -20,7 +20,7 @@
              under --reward gold or exact, no reward model
     writes   out/ppo/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_ppo.py
-    expect   1 minute on two cores; gold of samples from 0.0 to 1.0 SD, KL 2.0 nats per response
+    expect   1 minute on two cores; gold of samples from 0.2 to 0.9 SD, KL 1.4 nats per response
 
 The policy is the only model that is kept. The KL term holds it near the SFT model, where the reward
 model has seen responses and can be trusted. `proxy` is what the policy is trained on, `gold` what

@@ -6,7 +6,7 @@
     reads    out/pretrain/ckpt.pt, demonstrations of the town (or --data rows.jsonl)
     writes   out/sft/: ckpt.pt, log.csv, curve.png, samples.txt
     run      python train_sft.py
-    expect   1.5 minutes on two cores; validation loss 0.28 nats per token of a response
+    expect   1.5 minutes on two cores; validation loss 0.27 nats per token of a response
 
 Only the response is learned, end-of-turn included: the prompt is the user's business, and a model
 that never sees an end never stops. Demonstrators are mostly good, but some of what they write is
