@@ -1,16 +1,16 @@
 """Alarms: bugs that make a run inert are planted, and each is named; right runs are silent."""
 
 import inspect
-import json
 import re
 
 import pytest
 import torch
 from tiny_runs import SCRIPTS, prepare, run
 
+import train_dpo
 import train_ppo
+import train_rm
 from data.alarms import ALARMS, Watch
-from data.files import write_rows
 from gpt import load_checkpoint, save_checkpoint
 
 
@@ -119,16 +119,16 @@ def test_a_trunk_without_gradient_is_named_though_the_head_learns(
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
-def test_pairs_of_equal_responses_are_named(chain, tmp_path, capsys, stage):
+def test_a_pair_that_is_compared_with_itself_is_named(chain, tmp_path, capsys, monkeypatch, stage):
     """The loss stays ln 2, and what is left of the gradient is rounding."""
     prepare(chain, tmp_path, stage)
-    path = tmp_path / "preferences.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    write_rows([{**row, "rejected": row["chosen"], "gold": [0.0, 0.0]} for row in rows], path)
+    loss, margin = train_rm.preference_loss, train_dpo.dpo_margin
+    monkeypatch.setattr(train_rm, "preference_loss", lambda chosen, rejected: loss(chosen, chosen))
+    twice = lambda logprobs, ref, *rest: margin(logprobs[[0, 0]], ref[[0, 0]], *rest)  # noqa: E731
+    monkeypatch.setattr(train_dpo, "dpo_margin", twice)
     found = alarms_of(capsys, stage, tmp_path)
-    assert ("the gradient is 0, so nothing is lear" in " ".join(found)) or (
-        stage == "dpo" and any(text.startswith("chosen and rejected are exactly") for text in found)
-    )
+    assert "the gradient is 0, so nothing is lear" in " ".join(found)
+    assert any(text.startswith("chosen and rejected") for text in found) == (stage == "dpo")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "rm", "dpo"])

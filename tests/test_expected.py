@@ -24,6 +24,7 @@ from data.experiments import expected
 from data.experiments.bugs import BUGS, plant
 from data.experiments.expected import make_bands, read_log
 from data.experiments.plots import write_csv
+from data.town.demonstrations import demonstrations
 from gpt import InputError
 
 PLANTED = {  # stage: a bug, and the curves that may tell first
@@ -137,7 +138,8 @@ def test_the_bands_are_as_long_as_the_default_runs():
     assert max(int(b["last"]) for b in bands_of("pretrain")) == train_pretrain.Config().steps - 1
     assert max(int(b["last"]) for b in bands_of("ppo")) == train_ppo.Config().iterations - 1
     sft = train_sft.Config()
-    steps = sft.epochs * math.ceil(sft.demonstrations / sft.batch_size)
+    conversations = len(demonstrations(sft.demonstrations // 8, seed=0)) * 8
+    steps = sft.epochs * math.ceil(conversations / sft.batch_size)
     assert abs(max(int(b["last"]) for b in bands_of("sft")) - steps) < 0.02 * steps
 
 
@@ -145,7 +147,7 @@ def test_options_that_change_the_curves_are_named(capsys):
     Check("ppo", train_ppo.Config(seed=7, out="elsewhere", resume=True))
     assert capsys.readouterr().out == ""
     Check("ppo", train_ppo.Config(beta=0.0))
-    assert capsys.readouterr().out == "check: the bands are of --beta 0.15, not of 0.0\n"
+    assert capsys.readouterr().out == "check: the bands are of --beta 0.25, not of 0.0\n"
 
 
 def test_a_path_may_be_spelled_in_many_ways(tmp_path, monkeypatch, capsys):
