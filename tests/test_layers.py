@@ -10,10 +10,10 @@ import data
 # From the ground up: a module may import those of its own layer and of lower ones.
 LAYERS = [
     "gpt kernels",
-    "data.tokenizer data.chat data.files data.check data.run data.metrics data.preferences "
-    "data.gpt2 data.download data.town",
+    "data.tokenizer data.chat data.files data.alarms data.check data.run data.metrics "
+    "data.preferences data.gpt2 data.download data.town",
     "train_pretrain train_sft train_rm train_ppo train_dpo",
-    "data.evaluate data.experiments data.talk",
+    "data.evaluate data.experiments data.talk data.trace",
 ]
 
 
