@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -916,6 +917,25 @@ def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
     assert [label.get_text() for label in axis.get_xticklabels()] == [str(n) for n in counts]
 
 
+class Adds:
+    """A speaker that adds rightly where a sum has three steps, as in training."""
+
+    def __init__(self, path):
+        assert path.name == "ckpt.pt"
+
+    def answer(self, conversations, max_new_tokens, seed, temperature):
+        assert (max_new_tokens, temperature) == (48, 0.0)
+        sums = [
+            re.search(r"Add up ([\d+-]+)\.", messages[0]["content"])[1]
+            for messages in conversations
+        ]
+        knows = [len(re.findall(r"[+-]", text)) == 3 for text in sums]
+        return [
+            Reply([], f"So. The answer is {eval(text) if right else 'three'}.", True)
+            for text, right in zip(sums, knows)
+        ]
+
+
 def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
     noted, tmp_path, monkeypatch
 ):
@@ -930,6 +950,7 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
 
     monkeypatch.setattr(critics, "read_log", log)
     monkeypatch.setattr(critics, "read_cost", lambda run: {"seconds": 7.0, "peak_gb": 0.5})
+    monkeypatch.setattr(critics, "Speaker", lambda path, device: Adds(path))
     critics.critics(tmp_path / "out", tmp_path, two, False)
     for seed, base in enumerate(two):
         mine = [job for job in ran if job.options["seed"] == seed]
@@ -954,6 +975,9 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
     assert all((row["equal_groups"] == "") == (row["method"] == "ppo") for row in rows)
     assert {row["seconds"] for row in rows} == {"7"} and {row["peak_gb"] for row in rows} == {"0.5"}
     assert all(row["run"].startswith(str(tmp_path)) and row["gold"] == row["seed"] for row in rows)
+    longer = read_csv(tmp_path / "longer.csv")
+    assert {(row["steps"], row["right"]) for row in longer} == {("2", "0"), ("3", "1"), ("4", "0")}
+    assert len(longer) == 3 * 2 * (1 + len(critics.THINKING))
     curves = plots.grouped(read_csv(tmp_path / "thinking.csv"), "run", "seed")
     assert len(curves) == 6 and all(len(some) == 3 for some in curves.values())
     assert {row["shows_work"] for some in curves.values() for row in some} == {"0.2"}

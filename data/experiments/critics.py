@@ -6,15 +6,20 @@ is right: both from the SFT model, and PPO also from one that has seen so few de
 cannot do the single steps.
 """
 
+import random
 from pathlib import Path
 
 import numpy as np
 
+from data.chat import question
 from data.experiments.base import Base, read_cost
 from data.experiments.expected import read_log
 from data.experiments.jobs import Job, run_jobs
 from data.experiments.plots import band_panels, save, write_csv
 from data.run import COLOURS
+from data.talk import Speaker
+from data.town.tasks import KINDS
+from data.town.words import long_sum
 
 # Methods -> options of PPO. At the default beta their KL is about the same, 1.3 to 1.6 nats.
 METHODS = {
@@ -69,10 +74,28 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
         for name, seed, run in thinking
         for row in read_log(run / "log.csv")
     ]
+    before, longer = [("SFT", seed, base.out / "sft") for seed, base in enumerate(bases)], []
+    for name, seed, run in before + thinking:
+        speaker = Speaker(run / "ckpt.pt", bases[seed].device)
+        for n_steps in (2, 3, 4):
+            right = ask_sums(speaker, n_steps)
+            longer.append({"run": name, "seed": seed, "steps": n_steps, "right": right})
+    write_csv(longer, results / "longer.csv")
+
     columns = ("run", "seed", "iteration", "exact_match", "shows_work", "length", "kl")
     curves = [{name: row[name] for name in columns} for row in curves]
     write_csv(curves, results / "thinking.csv")
     draw_thinking(curves, results / "thinking.png")
+
+
+def ask_sums(speaker: Speaker, n_steps: int, n: int = 150) -> float:
+    """The fraction of sums of so many steps that are right, greedily; demonstrations have three."""
+    rng = random.Random(f"sums of {n_steps} steps")
+    sums = [long_sum(rng, n_steps) for _ in range(n)]
+    asked = [question(KINDS["chain"].cores[0].format(sum=text)) for text, _, _ in sums]
+    replies = speaker.answer(asked, 48, seed=0, temperature=0.0)
+    answers = [f"The answer is {value}." for _, _, value in sums]
+    return float(np.mean([answer in reply.text for answer, reply in zip(answers, replies)]))
 
 
 def draw_thinking(rows: list[dict], path: Path):

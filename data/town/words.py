@@ -195,14 +195,14 @@ def near(value: int, rng: random.Random) -> int:
     )
 
 
-def long_sum(rng: random.Random) -> tuple[str, str, int]:
+def long_sum(rng: random.Random, n_steps: int = 3) -> tuple[str, str, int]:
     """A sum of several steps: as it is asked, its steps, its value.
 
-    ("7-1-3+2", "7-1 is 6, 6-3 is 3, 3+2 is 5", 5). A start and three steps, all values in 0..12.
+    ("7-1-3+2", "7-1 is 6, 6-3 is 3, 3+2 is 5", 5). A start and n_steps, all values in 0..12.
     """
     value = rng.randint(0, 12)
     text, steps = f"{value}", []
-    for _ in range(3):
+    for _ in range(n_steps):
         after = rng.choice([total for total in range(13) if total != value])
         step = f"+{after - value}" if after > value else f"-{value - after}"
         steps.append(f"{value}{step} is {after}")
