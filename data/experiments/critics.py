@@ -29,7 +29,8 @@ METHODS = {
     "grpo": {"advantage": "grpo"},
     "grpo, k3 in the loss": {"advantage": "grpo", "kl": "k3-loss"},
 }
-ON_SUMS = {"tasks": "chain", "reward": "exact"}
+# A reward of 0 or 1 differs less than the scores of a reward model do: a smaller beta weighs the same.
+ON_SUMS = {"tasks": "chain", "reward": "exact", "beta": 0.05}
 THINKING = {  # where from, how -> options of PPO, beside ON_SUMS
     "SFT, ppo": {},
     "SFT, grpo": {"advantage": "grpo"},
