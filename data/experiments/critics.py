@@ -29,7 +29,7 @@ METHODS = {
     "grpo": {"advantage": "grpo"},
     "grpo, k3 in the loss": {"advantage": "grpo", "kl": "k3-loss"},
 }
-# A reward of 0 or 1 differs less than the scores of a reward model do: a smaller beta weighs the same.
+# A reward of 0 or 1 differs less than a reward model's scores do, so beta is smaller.
 ON_SUMS = {"tasks": "chain", "reward": "exact", "beta": 0.05}
 THINKING = {  # where from, how -> options of PPO, beside ON_SUMS
     "SFT, ppo": {},
