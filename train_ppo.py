@@ -653,7 +653,6 @@ def main(cfg: Config) -> dict:
             run.say(f"    > {one_line(test_rows[0]['messages'])}\n    {replies[0].text}")
 
     # ---- results: what it says to some prompts
-    assert checksum(ref) == ref_before, "the reference must not move"
     file_prompts = [row["messages"] for row in test_rows[:8]]
     shown = file_prompts if cfg.data else [question(text) for text in SHOWN]
     before, after = (transcript(m, tokenizer, shown, longest, cfg.seed) for m in (ref, policy))

@@ -1601,8 +1601,8 @@ MUTANTS = [
     ),
     Bug(
         "train_ppo.py",
-        "assert checksum(ref) == ref_before",
-        "assert ref_before",
+        "assert iteration > 1 or checksum(ref)",
+        "assert iteration > -1 or checksum(ref)",
         "A reference that is trained along is reported as frozen.",
         "common: a check that cannot fail",
         "test_scripts.py::test_a_reference_that_moves_is_noticed_before_there_are_results",
