@@ -382,25 +382,26 @@ def test_beta_can_grow_by_two_thirds_within_a_default_run():
 def test_on_a_bandit_every_method_finds_the_optimal_kl_regularised_policy(how, kl):
     """pi* = pi_ref exp(r / beta) / Z, reached with these very functions on one-token responses.
 
-    Without a critic, all 4,000 are responses to one prompt.
+    Without a critic, all 1,000 are responses to one prompt.
     """
     torch.manual_seed(0)
     beta, reward = 0.5, torch.randn(5)
     ref = torch.randn(5).log_softmax(0)
     logits = ref.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.02)
-    mask = torch.ones(4000, 1, dtype=torch.bool)
+    n = 4000 if how == "gae" else 1000
+    mask = torch.ones(n, 1, dtype=torch.bool)
     for _ in range(150):
         with torch.no_grad():
             old = logits.log_softmax(0)
-            token = torch.multinomial(old.exp(), 4000, replacement=True)[:, None]
+            token = torch.multinomial(old.exp(), n, replacement=True)[:, None]
             in_reward = beta if kl == "k1-reward" else 0.0
             rewards = token_rewards(reward[token[:, 0]], old[token], ref[token], mask, in_reward)
             if how == "gae":
                 advantages, _ = gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
                 advantages = whiten(advantages, mask)
             else:
-                advantages = group_advantages(rewards.sum(1), torch.zeros(4000), how)[:, None]
+                advantages = group_advantages(rewards.sum(1), torch.zeros(n), how)[:, None]
         for _ in range(2):
             logprobs = logits.log_softmax(0)[token]
             loss, _ = policy_loss(logprobs, old[token], advantages, 0.2)
