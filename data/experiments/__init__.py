@@ -11,7 +11,7 @@
                        while gold peaks and falls                   (overoptimisation.*, peaks.csv)
     tasks              does SFT on more kinds of task help on unseen ones?                (tasks.*)
     critics            PPO beside RLOO and GRPO, which need none; RL that finds out that thinking
-                       pays, and RL that cannot              (critics.csv, thinking.*, longer.csv)
+                       pays, and RL that cannot              (critics.*, thinking.csv, longer.csv)
     broken             PPO with one thing wrong at a time, to know it by its curves      (broken.*)
 
 The README's commands must have run before: their folder, out/ or --base, is the base of seed 0. The

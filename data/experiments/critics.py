@@ -86,7 +86,7 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
     columns = ("run", "seed", "iteration", "exact_match", "shows_work", "length", "kl")
     curves = [{name: row[name] for name in columns} for row in curves]
     write_csv(curves, results / "thinking.csv")
-    draw_thinking(curves, results / "thinking.png")
+    draw_thinking(curves, results / "critics.png")
 
 
 def ask_sums(speaker: Speaker, n_steps: int, n: int = 150) -> float:
