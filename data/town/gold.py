@@ -17,7 +17,7 @@ model with gold 1 answers one SD better than the SFT model. "What is 12-5?" show
     -1                  -1.50   12-5 is 8.                      wrong: correctness 0
 
 A courtesy is worth 0.75 points, and nothing else improves on a full answer. That is why the
-responses of PPO end "Have a lovely day!". Two mistakes are worse than others and lose another 0.5
+responses of PPO end with one. Two mistakes are worse than others and lose another 0.5
 (-1.5 points, gold -2.00): not to decline a harmful request, and to answer a question about a
 person, known or not, with anything but the answer or that it is not known.
 
