@@ -36,7 +36,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from data.chat import Reply, one_line, pad, question, sorted_batches
 from data.gpt2 import is_gpt2
@@ -555,6 +554,8 @@ def draw_report(report: dict, path: Path):
     """Gold per stage, skills per stage, and what the gold costs in KL."""
     stages = report["stages"]
     colours = dict(zip(stages, itertools.cycle(COLOURS)))
+    from matplotlib.figure import Figure  # takes half a second, so not before it is needed
+
     figure = Figure(figsize=(14, 4))
     left, middle, right = figure.subplots(1, 3)
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from data.run import COLOURS
 
@@ -95,6 +94,8 @@ def judge(chosen, rejected, rows: list[dict], scale: float) -> tuple[dict, list]
 def plot_reliability(table, path: Path):
     """Predicted against observed win rates; on the diagonal a probability means what it says."""
     predicted, observed, count = map(np.array, zip(*table))
+    from matplotlib.figure import Figure  # takes half a second, so not before it is needed
+
     figure = Figure(figsize=(4.5, 4.5))
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], "--", color="grey", lw=1, label="calibrated")

@@ -33,7 +33,6 @@ except ImportError:  # Windows
     fcntl = None
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import distributed
 from tqdm import tqdm
 
@@ -92,7 +91,7 @@ def parse_config(config_class):
         if field.name not in comments:
             raise TypeError(f"Config.{field.name} needs a comment on its line: the help text")
         comment, default = comments[field.name], field.default
-        if field.type is bool:
+        if field.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}
         elif field.type is str:
             kind = {"metavar": "str"}
@@ -174,6 +173,14 @@ def start(cfg) -> torch.device:
         raise InputError("this runs as one process: start it with python, not torchrun")
     if cfg.threads:
         torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
+    elif WORLD == 1 and device.type == "cpu" and torch.get_num_threads() > 1:
+        # A step has hundreds of places where threads wait for each other, and they wait by spinning
+        # (asleep, they would need a quarter longer). Where two programs share two cores, the one's
+        # spinning threads stand in the other's way: with two threads each both are 5 times slower.
+        free = max(round(min(idle_cpus(), os.cpu_count())), 1)
+        if free < torch.get_num_threads():
+            torch.set_num_threads(free)
+            print(f"other programs are using the CPUs: {free} for this one (--threads N: N of them)")
     torch.manual_seed(cfg.seed)  # the same on all ranks: they start from the same weights
     if WORLD > 1:
         if device.type == "cuda":
@@ -189,6 +196,21 @@ def start(cfg) -> torch.device:
     if device.type == "mps":  # such as https://github.com/pytorch/pytorch/issues/181133
         print("PyTorch has been wrong on mps now and then: compare the first losses with the CPU's")
     return device
+
+
+def idle_cpus(seconds: float = 0.1) -> float:
+    """How many CPUs were idle in the next few moments; infinite where that cannot be known."""
+
+    def idle_seconds():
+        ticks = Path("/proc/stat").read_text().split(maxsplit=6)[4:6]  # idle, waiting for a disk
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+    try:
+        began, before = time.perf_counter(), idle_seconds()
+        time.sleep(seconds)
+        return (idle_seconds() - before) / (time.perf_counter() - began)
+    except OSError:  # not Linux
+        return math.inf
 
 
 def find_device(name: str) -> torch.device:
@@ -209,9 +231,19 @@ def find_device(name: str) -> torch.device:
 def set_speed(cfg, *models):
     """Apply --bf16, --recompute and --compile to loaded models, GPT or ScalarModel.
 
-    None of them changes the names or the dtype of the weights, so checkpoints stay the same. Raises
-    InputError if --compile finds no compiler.
+    None of them changes the names or the dtype of the weights, so checkpoints stay the same. If
+    cfg.bf16 is None, it is decided here. Raises InputError if --compile finds no compiler.
     """
+    if cfg.bf16 is None:
+        weight = next(models[0].parameters())
+        gain = bfloat16_gain(weight.shape[1]) if weight.is_cpu else 0.0
+        gain = mean_over_ranks(weight.device, gain=gain)["gain"]  # all ranks decide alike
+        cfg.bf16 = gain >= 2
+        if cfg.bf16:
+            print(
+                f"multiplying in bfloat16, which is {gain:.1f} times as fast here; for the last "
+                "digits of another CPU add --no-bf16"
+            )
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
     if cfg.compile and not any(map(shutil.which, compilers)):
         raise InputError("--compile needs a C++ compiler such as g++, and there is none here")
@@ -220,6 +252,19 @@ def set_speed(cfg, *models):
         gpt.bf16, gpt.recompute = cfg.bf16, cfg.recompute
         if cfg.compile:
             gpt.compile()
+
+
+def bfloat16_gain(width: int) -> float:
+    """How many times as fast this CPU multiplies in bfloat16 as in float32, rounding included, what
+    an MLP of this width has to multiply: about 4 with AMX, less than 1 without bfloat16."""
+    x, w = torch.ones(2048, width), torch.ones(4 * width, width)
+    seconds = [], []
+    for _ in range(5):  # the fastest of a few: other work only ever makes them slower
+        for dtype, times in zip((torch.float32, torch.bfloat16), seconds):
+            began = time.perf_counter()
+            x.to(dtype) @ w.to(dtype).T
+            times.append(time.perf_counter() - began)
+    return min(seconds[0]) / min(seconds[1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -670,6 +715,8 @@ def plot(rows: list[dict], panels: dict[str, list[str]], path: Path, unit: str):
     panels = {what: names for what, names in panels.items() if measured & {*names}}
     columns = len(panels) if len(panels) <= 3 else math.ceil(len(panels) / 2)
     lines = math.ceil(len(panels) / columns)
+    from matplotlib.figure import Figure  # takes half a second, so not before it is needed
+
     figure = Figure(figsize=(4.5 * columns, 3.2 * lines))
     axes = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:

@@ -10,6 +10,7 @@ Reference: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909), algorithm 1,
 Radford et al. 2019 (GPT-2). Differs from GPT-2 in: the pre-tokens, and a space before every text.
 """
 
+import heapq
 import re
 from collections import Counter, defaultdict
 from itertools import groupby
@@ -174,25 +175,36 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
             pairs[left + right] += counts[index]
             words_with[left + right].add(index)
 
+    # The most frequent pair is on top of a heap, and of equally frequent ones the smallest. A count
+    # that changes is added anew; the outdated one is thrown away when it comes to the top.
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
     merges = []
     # disable=None: no bar where the output is not a terminal
     for new in map(chr, tqdm(range(256, n_vocab - len(SPECIALS)), "tokenizer", disable=None)):
-        highest = max(pairs.values(), default=0)
-        if highest < 2:
+        while heap and -heap[0][0] != pairs[heap[0][1]]:
+            heapq.heappop(heap)
+        if not heap or -heap[0][0] < 2:
             break
-        best = min(pair for pair, count in pairs.items() if count == highest)
-        a, b = best
+        a, b = best = heap[0][1]
+        changes = Counter()
         merges.append([ord(a), ord(b)])
         for index in words_with.pop(best):
-            word = words[index] = words[index].replace(best, new)
-            # Counting only what stands beside the new id makes this fast enough for Python.
-            for left, right in zip(word, word[1:]):
-                if left == new or right == new:
-                    before = (b if left == new else left) + (a if right == new else right)
-                    pairs[before] -= counts[index]
-                    pairs[left + right] += counts[index]
-                    words_with[left + right].add(index)
-        del pairs[best]
+            parts = words[index].split(best)
+            words[index] = new.join(parts)
+            # Counting only what stands beside a new id makes this fast enough for Python.
+            beside = [(part[-1] + a, part[-1] + new) for part in parts[:-1] if part]
+            beside += [(b + part[0], new + part[0]) for part in parts[1:] if part]
+            beside += [(b + a, new + new) for part in parts[1:-1] if not part]
+            count = counts[index]
+            for before, now in beside:
+                changes[before] -= count
+                changes[now] += count
+                words_with[now].add(index)
+        changes[best] = -pairs[best]  # none is left
+        for pair, change in changes.items():
+            pairs[pair] += change
+            heapq.heappush(heap, (-pairs[pair], pair))
     return merges
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import SCRIPTS, prepare, run
+import torch.nn.functional as F
+from tiny_runs import SCRIPTS, interrupt, prepare, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data.run
 import train_sft
 from data.run import microbatches, set_speed, start
-from gpt import GPT, ScalarModel, generate
+from gpt import GPT, InputError, ScalarModel, generate
 from kernels import linear_cross_entropy
 from train_ppo import response_logprobs
 
@@ -61,6 +63,50 @@ def test_in_bfloat16_only_products_are_rounded(tiny):
     for name in expected:
         assert found[name].dtype == torch.float32
         assert (found[name] - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-6, name
+
+
+def test_in_bfloat16_a_cpu_computes_attention_in_float32(tiny, monkeypatch):
+    """There PyTorch's bfloat16 attention takes seven times as long to go back. Sampling, one query
+    at a time, stays in bfloat16: it reads the cache, and the cache is what takes time."""
+    dtypes, attention = [], F.scaled_dot_product_attention
+
+    def noted(q, *rest, **how):
+        dtypes.append(q.dtype)
+        return attention(q, *rest, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    tiny.bf16 = True
+    tiny(torch.randint(50, (3, 20)))
+    assert dtypes == [torch.float32] * 2  # blocks
+    generate(tiny, [[1, 2, 3]], 2)
+    assert dtypes[2:] == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize(
+    "asked, gain, chosen",
+    [(None, 2.1, True), (None, 1.9, False), (False, 9.0, False), (True, 0.5, True)],
+)
+def test_bfloat16_is_chosen_where_it_is_twice_as_fast(
+    tiny, monkeypatch, capsys, asked, gain, chosen
+):
+    widths = []
+    monkeypatch.setattr(data.run, "bfloat16_gain", lambda width: widths.append(width) or gain)
+    cfg = train_sft.Config(bf16=asked)
+    set_speed(cfg, tiny)
+    assert cfg.bf16 is tiny.bf16 is chosen
+    assert widths == ([16] if asked is None else [])  # the width of the model
+    assert ("2.1 times as fast" in capsys.readouterr().out) == (asked is None and chosen)
+
+
+def test_the_gain_of_bfloat16_is_measured():
+    assert 0.01 < data.run.bfloat16_gain(16) < 100
+
+
+def test_a_run_is_not_resumed_in_another_precision(chain, after_sft, monkeypatch):
+    interrupt("pretrain", after_sft, monkeypatch)
+    monkeypatch.setattr(data.run, "bfloat16_gain", lambda width: 3.0)
+    with pytest.raises(InputError, match="had --bf16 False, not True"):
+        run("pretrain", after_sft, bf16=None, resume=True)
 
 
 def test_sampling_rounds_no_weight_again_for_the_next_token(tiny):

@@ -57,7 +57,7 @@ TINY = {
     "dpo": dict(batch_size=16, epochs=1),
 }
 for stage in TINY:
-    TINY[stage] |= dict(save_every=2, eval_every=3, device="cpu")
+    TINY[stage] |= dict(save_every=2, eval_every=3, device="cpu", bf16=False)
     TINY[stage] |= {} if stage == "pretrain" else dict(max_new_tokens=12)
 
 

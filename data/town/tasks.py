@@ -691,9 +691,9 @@ def draw(name: str, rng: random.Random, split: str = "train", new: str = "") -> 
         if new_cell == (new == "cell") and is_held_out(name, case) == (split == "test"):
             break
     core = rng.choice(k.unseen if new == "core" else k.cores)
-    others = [frame for frame in FRAMES if frame not in frames(name)]
-    unusual = {"frame": others, "rare frame": RARE_FRAMES}
-    frame = rng.choice(unusual.get(new, ["{ask}", *frames(name)]))
+    usual = frames(name)
+    unusual = {"frame": [f for f in FRAMES if f not in usual], "rare frame": RARE_FRAMES}
+    frame = rng.choice(unusual.get(new, ["{ask}", *usual]))
     return Task(name, frame.format(ask=core.format(**case.fill)), case)
 
 
