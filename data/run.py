@@ -180,7 +180,7 @@ def start(cfg) -> torch.device:
         free = max(round(min(idle_cpus(), os.cpu_count())), 1)
         if free < torch.get_num_threads():
             torch.set_num_threads(free)
-            print(f"other programs are using the CPUs: {free} for this one (--threads N: N of them)")
+            print(f"other programs use the CPUs, so this one uses {free} (--threads N: N of them)")
     torch.manual_seed(cfg.seed)  # the same on all ranks: they start from the same weights
     if WORLD > 1:
         if device.type == "cuda":
