@@ -113,7 +113,7 @@ class Config:
     save_every: int = 10  # iterations between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
-    bf16: bool | None = None  # multiply matrices in bfloat16 (None = on CPUs twice as fast at it)
+    bf16: bool = False  # multiply matrices in bfloat16 (weights stay float32); for GPUs
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs

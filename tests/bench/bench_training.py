@@ -1,13 +1,14 @@
 """Time every stage beside `transformers` and `trl`: the same shape, weights, rows and machine.
 
     pip install transformers trl==1.10.0       the peers; without them only we are measured
-    python tests/bench/bench_training.py       about 15 minutes on two cores, no network
+    python tests/bench/bench_training.py       about 25 minutes on two cores, no network
     python tests/bench/bench_training.py --stages sft dpo --rounds 5
 
 Needs out/ as the README's commands leave it, for weights and tokenizer; writes
 out/bench_training.json. Every measurement is a process of its own, so that its peak memory is its
 own too; rounds are interleaved, and the table has medians. Both sides have the batch sizes of our
-scripts, float32, no dropout, no evaluation and no checkpoints; the first step is not counted. The
+scripts, no dropout, no evaluation and no checkpoints; the first step is not counted. Both run in
+float32 and in bfloat16 (--bf16 of our scripts, bf16=True of the trainers, autocast elsewhere). The
 peers have their default collators, and trl's PPO, which it has since dropped, ours of everything
 that has a name in both.
 """
@@ -54,6 +55,7 @@ SCRIPTS = {
     "ppo": train_ppo,
     "dpo": train_dpo,
 }
+SIDES = ("ours", "ours, bf16", "theirs", "theirs, bf16")
 UNITS = {
     "pretrain": "tokens/s",
     "pretrain, AdamW": "tokens/s",
@@ -90,10 +92,10 @@ def per_step(stage: str) -> float:
 # Ours
 
 
-def ours(stage: str, out: str) -> float:
+def ours(stage: str, out: str, bf16: bool) -> float:
     """Units per second of one of our scripts, as it is, from its second step on."""
     if stage.startswith("sampling"):
-        return sampling_of_ours(stage, out)
+        return sampling_of_ours(stage, out, bf16)
     script, times = SCRIPTS[stage], []
     steps = Run.steps
 
@@ -103,7 +105,7 @@ def ours(stage: str, out: str) -> float:
             yield step
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"out": folder, "eval_every": 10**9, "save_every": 10**9}
+        options = {"out": folder, "eval_every": 10**9, "save_every": 10**9, "bf16": bf16}
         if script is train_pretrain:
             options.update(steps=STEPS[stage] + 2, documents=3000)
             options["optimizer"] = "adamw" if stage.endswith("AdamW") else "muon"
@@ -140,8 +142,9 @@ def prompts_to_sample(out: str):
     return prompts, model, tokenizer
 
 
-def sampling_of_ours(stage: str, out: str) -> float:
+def sampling_of_ours(stage: str, out: str, bf16: bool) -> float:
     prompts, model, tokenizer = prompts_to_sample(out)
+    model.bf16 = bf16
     stop = tokenizer.end if stage.endswith("end") else None
 
     def sample():
@@ -163,7 +166,7 @@ def tokens_per_second(sample) -> float:
 # Theirs
 
 
-def theirs(stage: str, out: str) -> float:
+def theirs(stage: str, out: str, bf16: bool) -> float:
     """Units per second of `transformers` or `trl`."""
     import transformers
 
@@ -181,29 +184,31 @@ def theirs(stage: str, out: str) -> float:
             return kind.from_pretrained(folder, num_labels=1, **none)
 
         if stage.startswith("pretrain"):
-            seconds = plain_loop(model)
+            seconds = plain_loop(model, bf16)
         elif stage.startswith("sampling"):
-            return sampling_of_theirs(stage, out, model.eval())
+            return sampling_of_theirs(stage, out, model.eval(), bf16)
         else:
-            seconds = trainer_loop(stage, out, folder, model, scalar, tokenizer)
+            seconds = trainer_loop(stage, out, folder, model, scalar, tokenizer, bf16)
     return per_step(stage) * factor(stage, out) / seconds
 
 
-def plain_loop(model) -> float:
+def plain_loop(model, bf16) -> float:
     """Seconds per step of the loop that everybody writes around a `transformers` model."""
     cfg, times = train_pretrain.Config(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for _ in range(STEPS["pretrain"] + 2):
         times.append(time.perf_counter())
         idx = torch.randint(1000, (cfg.batch_size, cfg.context))
-        model(input_ids=idx, labels=idx).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=idx, labels=idx).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return (times[-1] - times[1]) / (len(times) - 2)
 
 
-def sampling_of_theirs(stage: str, out: str, model) -> float:
+def sampling_of_theirs(stage: str, out: str, model, bf16) -> float:
     prompts, _, tokenizer = prompts_to_sample(out)
     stop = tokenizer.end if stage.endswith("end") else None
     longest = max(map(len, prompts))
@@ -215,7 +220,9 @@ def sampling_of_theirs(stage: str, out: str, model) -> float:
     @torch.no_grad()
     def sample():
         mask = (idx != tokenizer.pad).long()
-        replies = model.generate(idx, attention_mask=mask, eos_token_id=stop, **how)[:, longest:]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            replies = model.generate(idx, attention_mask=mask, eos_token_id=stop, **how)
+        replies = replies[:, longest:]
         if stop is None:
             return replies.numel()
         ended = (replies == stop).int()
@@ -225,7 +232,7 @@ def sampling_of_theirs(stage: str, out: str, model) -> float:
     return tokens_per_second(sample)
 
 
-def trainer_loop(stage, out, folder, model, scalar, tokenizer) -> float:
+def trainer_loop(stage, out, folder, model, scalar, tokenizer, bf16) -> float:
     """Seconds per step of a trainer of `trl`."""
     import transformers
     from datasets import Dataset
@@ -244,7 +251,7 @@ def trainer_loop(stage, out, folder, model, scalar, tokenizer) -> float:
         save_strategy="no",
         report_to=[],
         use_cpu=True,
-        bf16=False,
+        bf16=bf16,
         gradient_checkpointing=False,
         disable_tqdm=True,
         logging_strategy="no",
@@ -317,7 +324,8 @@ def measure(stage: str, who: str, out: str):
     """What a process of its own does: one JSON line with speed and peak memory."""
     warnings.simplefilter("ignore")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        speed = {"ours": ours, "theirs": theirs}[who](stage, out)
+        side = ours if who.startswith("ours") else theirs
+        speed = side(stage, out, bf16=who.endswith("bf16"))
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"speed": speed, "megabytes": megabytes}))
 
@@ -337,10 +345,10 @@ def main():
     for needed in ("sft/ckpt.pt", "rm/ckpt.pt", "preferences.jsonl"):
         if not (Path(args.out) / needed).exists():
             raise SystemExit(f"there is no {args.out}/{needed}: run the commands of the README")
-    sides = ["ours", "theirs"]
+    sides = SIDES
     if not importlib.util.find_spec("trl"):
         print("transformers and trl==1.10.0 are not installed: measuring ours only")
-        sides.remove("theirs")
+        sides = SIDES[:2]
     results = {stage: {who: [] for who in sides} for stage in args.stages}
     for _, stage, who in itertools.product(range(args.rounds), args.stages, sides):
         command = [sys.executable, __file__, "--out", args.out, "--one", stage, who]
@@ -349,20 +357,29 @@ def main():
             print(f"{stage}, {who}: {done.stderr.strip().splitlines()[-1]}")
             continue
         results[stage][who].append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{stage:22} {who:7} {results[stage][who][-1]['speed']:.1f}", flush=True)
+        print(f"{stage:22} {who:12} {results[stage][who][-1]['speed']:.1f}", flush=True)
 
-    print("\n| | unit | ours | theirs | ratio | MB, ours | theirs | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
-    for stage, by_side in results.items():
-        cells = []
-        for what in ("speed", "megabytes"):
-            medians = [
-                statistics.median(m[what] for m in runs) for runs in by_side.values() if runs
+    for what in ("speed", "megabytes"):
+        print(f"\n| {what} | unit | {' | '.join(SIDES)} | best of ours / best of theirs |")
+        print("|---|---|---|---|---|---|---|")
+        for stage, by_side in results.items():
+            medians = {
+                who: statistics.median(m[what] for m in runs)
+                for who, runs in by_side.items()
+                if runs
+            }
+            cells = [
+                f"{medians[w]:,.{1 if medians[w] < 100 else 0}f}" if w in medians else "–"
+                for w in SIDES
             ]
-            cells += [f"{m:,.{1 if m < 100 else 0}f}" for m in medians]
-            cells += ["–"] * (2 - len(medians))
-            cells += [f"{medians[0] / medians[1]:.2f}" if len(medians) == 2 else "–"]
-        print(f"| {stage} | {UNITS[stage]} | {' | '.join(cells)} |")
+            best = max if what == "speed" else min
+            us, them = (
+                [m for who, m in medians.items() if who.startswith(side)]
+                for side in ("ours", "theirs")
+            )
+            cells += [f"{best(us) / best(them):.2f}" if us and them else "–"]
+            unit = UNITS[stage] if what == "speed" else "MB"
+            print(f"| {stage} | {unit} | {' | '.join(cells)} |")
     path = Path(args.out) / "bench_training.json"
     path.write_text(json.dumps(results, indent=1))
     print(f"\n{path}")
