@@ -139,7 +139,7 @@ class Attention(nn.Module):
         #   p      = scores.masked_fill(later, -math.inf).softmax(3)            each row sums to 1
         #   y      = p @ v                                                      (B, nh, T, hs)
         if q.is_cpu and q.dtype == torch.bfloat16 and mask is None:
-            # PyTorch's bfloat16 attention takes 27 ms to go back on a CPU where float32 takes 4.
+            # There the backward pass of attention takes several times as long in bfloat16.
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
         else:
@@ -179,9 +179,10 @@ class GPT(nn.Module):
     """Token ids -> hidden states. Module names are GPT-2's, so its weights load by name.
 
     Two switches change what a pass costs, and not what it means. bf16: matrices are multiplied in
-    bfloat16 (weights, norms and the residual stream stay float32). recompute: activations inside
-    blocks are not kept for the backward pass, which computes them again (Chen et al. 2016,
-    https://arxiv.org/abs/1604.06174): a third more arithmetic, a fraction of the memory.
+    bfloat16 (weights, norms and the residual stream stay float32, and on CPUs attention, too).
+    recompute: activations inside blocks are not kept for the backward pass, which computes them
+    again (Chen et al. 2016, https://arxiv.org/abs/1604.06174): a third more arithmetic, a fraction
+    of the memory.
     """
 
     bf16 = recompute = False

@@ -73,8 +73,8 @@ class Config:
     eval_every: int = 100  # steps between validations
     save_every: int = 100  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
-    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
-    bf16: bool | None = None  # multiply matrices in bfloat16 (None = on CPUs twice as fast at it)
+    threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
+    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where CPUs gain)
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs
@@ -136,7 +136,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024
     x = g.mT if g.shape[1] > g.shape[2] else g  # so that x x^T is the smaller of the two products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    x = x.bfloat16() if x.is_cuda else x  # in bfloat16 the town's loss ends 0.026 nats higher
+    x = x.bfloat16() if x.is_cuda else x  # fast there; but it costs the town 0.026 nats, seed 0
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, b * gram + c * gram @ gram, x, beta=a)  # a x + (...) x
@@ -147,9 +147,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, but each step moves a matrix by the same amount in all its directions.
 
     A gradient has a few large singular values and many small ones, so plain steps learn a few
-    directions well and the others hardly. As torch.optim.Muon, but in float32 on CPUs, where
-    torch's bfloat16 took three times as long, and with all matrices of a shape at once: one by one,
-    a GPU would wait for 2,000 launches a step at GPT-2's size.
+    directions well and the others hardly. As torch.optim.Muon, but in float32 on CPUs (see
+    `orthogonalise`), and with all matrices of a shape at once: one by one, a GPU would wait for
+    2,000 launches a step at GPT-2's size.
     """
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):

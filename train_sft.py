@@ -65,8 +65,8 @@ class Config:
     eval_every: int = 200  # steps between validations
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
-    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
-    bf16: bool | None = None  # multiply matrices in bfloat16 (None = on CPUs twice as fast at it)
+    threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
+    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where CPUs gain)
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent / "experiments" / "expected"
 # against the bands of the other four: with 3, 2 of 1,637 windows were off; with 4, one.
 SLACK = 4.0
 # Options that do not change the curves beyond what a new seed does.
-FREE = ("seed", "out", "name", "device", "threads", "resume", "check", "save_every")
+FREE = ("seed", "out", "name", "device", "threads", "bf16", "resume", "check", "save_every")
 
 # stage -> column of log.csv -> what to look at if it is above its band, and if it is below.
 CAUSES = {

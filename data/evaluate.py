@@ -62,7 +62,7 @@ class Config:
     max_new_tokens: int = 48  # longest response
     seed: int = 0  # of prompts and sampling
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
-    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
+    threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
     out: str = "out"  # folder of all runs; the report is written there
 
     def __post_init__(self):

@@ -48,7 +48,7 @@ class Config:
     prompts: str = ""  # JSON or JSONL with prompts of your own, for --human ("" = of the town)
     seed: int = 0  # everything random follows from it
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
-    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
+    threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
     out: str = "out"  # folder of all runs
     name: str = ""  # writes out/<name>.jsonl ("" = preferences, or human_preferences)
 

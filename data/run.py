@@ -173,14 +173,8 @@ def start(cfg) -> torch.device:
         raise InputError("this runs as one process: start it with python, not torchrun")
     if cfg.threads:
         torch.set_num_threads(min(cfg.threads, os.cpu_count() or 1))
-    elif WORLD == 1 and device.type == "cpu" and torch.get_num_threads() > 1:
-        # A step has hundreds of places where threads wait for each other, and they wait by spinning
-        # (asleep, they would need a quarter longer). Where two programs share two cores, the one's
-        # spinning threads stand in the other's way: with two threads each both are 5 times slower.
-        free = max(round(min(idle_cpus(), os.cpu_count())), 1)
-        if free < torch.get_num_threads():
-            torch.set_num_threads(free)
-            print(f"other programs use the CPUs, so this one uses {free} (--threads N: N of them)")
+    elif "OMP_NUM_THREADS" not in os.environ and device.type == "cpu" and WORLD == 1:
+        use_idle_cpus()
     torch.manual_seed(cfg.seed)  # the same on all ranks: they start from the same weights
     if WORLD > 1:
         if device.type == "cuda":
@@ -198,18 +192,35 @@ def start(cfg) -> torch.device:
     return device
 
 
-def idle_cpus(seconds: float = 0.1) -> float:
-    """How many CPUs were idle in the next few moments; infinite where that cannot be known."""
+def use_idle_cpus():
+    """Use no more threads than there are CPUs that other programs leave idle, but at least one.
+
+    In every step threads wait for each other hundreds of times. They wait by spinning, since asleep
+    they would take a quarter longer; but a thread that spins is in the way of other programs.
+    A step of pretraining that takes 112 ms alone on two cores takes 475 ms beside another such
+    program, 343 beside one with a single thread, and 255 if both have one.
+    """
+    threads = torch.get_num_threads()
+    if threads > 1 and (idle := max(round(min(idle_cpus(), threads)), 1)) < threads:
+        torch.set_num_threads(idle)
+        print(f"other programs are using the CPUs, so here --threads is {idle}")
+
+
+def idle_cpus(seconds: float = 0.2) -> float:
+    """How many CPUs are idle during the next moments; infinite where Linux does not say."""
 
     def idle_seconds():
-        ticks = Path("/proc/stat").read_text().split(maxsplit=6)[4:6]  # idle, waiting for a disk
-        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        fields = Path("/proc/stat").read_text().split(maxsplit=6)
+        ticks = int(fields[4]) + int(fields[5])  # idle, and waiting for a disk, since the start
+        if not ticks:
+            raise ValueError("a sandbox that hides them")
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     try:
         began, before = time.perf_counter(), idle_seconds()
         time.sleep(seconds)
         return (idle_seconds() - before) / (time.perf_counter() - began)
-    except OSError:  # not Linux
+    except (OSError, ValueError, IndexError):
         return math.inf
 
 
@@ -231,19 +242,18 @@ def find_device(name: str) -> torch.device:
 def set_speed(cfg, *models):
     """Apply --bf16, --recompute and --compile to loaded models, GPT or ScalarModel.
 
-    None of them changes the names or the dtype of the weights, so checkpoints stay the same. If
-    cfg.bf16 is None, it is decided here. Raises InputError if --compile finds no compiler.
+    None of them changes the names or the dtype of the weights, so checkpoints stay the same. A
+    cfg.bf16 of None becomes True if this CPU multiplies at least twice as fast in bfloat16, else
+    False. Raises InputError if --compile finds no compiler.
     """
     if cfg.bf16 is None:
         weight = next(models[0].parameters())
-        gain = bfloat16_gain(weight.shape[1]) if weight.is_cpu else 0.0
+        may_gain = weight.is_cpu and weight.dtype == torch.float32
+        gain = bfloat16_gain(weight.shape[1]) if may_gain else 0.0
         gain = mean_over_ranks(weight.device, gain=gain)["gain"]  # all ranks decide alike
         cfg.bf16 = gain >= 2
         if cfg.bf16:
-            print(
-                f"multiplying in bfloat16, which is {gain:.1f} times as fast here; for the last "
-                "digits of another CPU add --no-bf16"
-            )
+            print(f"multiplying in bfloat16, {gain:.1f} times as fast here (--no-bf16: in float32)")
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
     if cfg.compile and not any(map(shutil.which, compilers)):
         raise InputError("--compile needs a C++ compiler such as g++, and there is none here")
@@ -256,7 +266,8 @@ def set_speed(cfg, *models):
 
 def bfloat16_gain(width: int) -> float:
     """How many times as fast this CPU multiplies in bfloat16 as in float32, rounding included, what
-    an MLP of this width has to multiply: about 4 with AMX, less than 1 without bfloat16."""
+    an MLP of this width multiplies. With AMX 1.3 at width 32, 4 at 128; without bfloat16 below 1.
+    """
     x, w = torch.ones(2048, width), torch.ones(4 * width, width)
     seconds = [], []
     for _ in range(5):  # the fastest of a few: other work only ever makes them slower
@@ -264,6 +275,8 @@ def bfloat16_gain(width: int) -> float:
             began = time.perf_counter()
             x.to(dtype) @ w.to(dtype).T
             times.append(time.perf_counter() - began)
+        if len(seconds[0]) > 1 and min(seconds[1]) > min(seconds[0]):
+            break  # at GPT-2's width, and without bfloat16 in hardware, a round takes a second
     return min(seconds[0]) / min(seconds[1])
 
 
@@ -412,6 +425,9 @@ class Run:
         self.forwards = 0.0  # see `count`
         self.seconds, self.started = 0.0, time.perf_counter()
         self.check = Check(stage, cfg) if cfg.check else None
+        if cfg.resume and cfg.bf16 is None and checkpoints[1].exists():  # as it began, fast or not
+            saved = load_checkpoint(checkpoints[1], mmap=True)
+            cfg.bf16 = saved["train_config"].get("bf16")
 
     def make_folder(self):
         """An empty out/unfinished/<name>/, or under --resume as it was left. Safe to call twice.
@@ -508,7 +524,10 @@ class Run:
         for name, now in asdict(self.cfg).items():
             was = before.get(name, getattr(default, name))  # as if there had been no such option
             if now != was and name not in free + paths:
-                raise InputError(f"--resume: the run to resume had --{name} {was}, not {now}")
+                option = f"--{name} {was}"
+                if isinstance(was, bool):
+                    option = f"--{name}" if was else f"--no-{name}"
+                raise InputError(f"--resume: the run to resume had {option}, not {now}")
         made_from = self.identity["made_from"]
         for name in saved["made_from"] | made_from:
             if saved["made_from"].get(name) != made_from.get(name):

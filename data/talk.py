@@ -33,7 +33,7 @@ class Config:
     seed: int = 0  # of sampling
     export: str = ""  # folder to write the model to, for transformers, instead of talking
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
-    threads: int = 0  # CPU threads; on a busy machine 1 is far faster (0 = PyTorch's choice)
+    threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
     out: str = "out"  # folder of all runs
 
     def __post_init__(self):

@@ -175,8 +175,8 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
             pairs[left + right] += counts[index]
             words_with[left + right].add(index)
 
-    # The most frequent pair is on top of a heap, and of equally frequent ones the smallest. A count
-    # that changes is added anew; the outdated one is thrown away when it comes to the top.
+    # The most frequent pair is on top of a heap, and of equally frequent ones the smallest. A pair
+    # whose count changes is pushed again; its outdated entries are dropped when they reach the top.
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     merges = []
@@ -186,24 +186,21 @@ def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
             heapq.heappop(heap)
         if not heap or -heap[0][0] < 2:
             break
-        a, b = best = heap[0][1]
-        changes = Counter()
-        merges.append([ord(a), ord(b)])
+        best = heap[0][1]
+        merges.append([*map(ord, best)])
+        changed = set()
+        # Counting again only the words that change makes this fast enough for Python.
         for index in words_with.pop(best):
-            parts = words[index].split(best)
-            words[index] = new.join(parts)
-            # Counting only what stands beside a new id makes this fast enough for Python.
-            beside = [(part[-1] + a, part[-1] + new) for part in parts[:-1] if part]
-            beside += [(b + part[0], new + part[0]) for part in parts[1:] if part]
-            beside += [(b + a, new + new) for part in parts[1:-1] if not part]
-            count = counts[index]
-            for before, now in beside:
-                changes[before] -= count
-                changes[now] += count
-                words_with[now].add(index)
-        changes[best] = -pairs[best]  # none is left
-        for pair, change in changes.items():
-            pairs[pair] += change
+            before = words[index]
+            after = words[index] = before.replace(best, new)
+            for left, right in zip(before, before[1:]):
+                pairs[left + right] -= counts[index]
+                changed.add(left + right)
+            for left, right in zip(after, after[1:]):
+                pairs[left + right] += counts[index]
+                words_with[left + right].add(index)
+                changed.add(left + right)
+        for pair in changed:
             heapq.heappush(heap, (-pairs[pair], pair))
     return merges
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import ROOT, SCRIPTS, TINY, prepare, same
+from tiny_runs import ROOT, SCRIPTS, TINY, as_options, prepare, same
 
 import data.download
 import data.evaluate
@@ -33,11 +33,6 @@ from gpt import InputError
 def python(*args, **how):
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **how)
-
-
-def as_options(stage, **changes):
-    """The words of a command line that runs a stage with tiny options."""
-    return [f"--{name}={value}" for name, value in {**TINY[stage], **changes}.items()]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -128,7 +123,7 @@ def test_every_stage_runs_in_a_notebook(chain, tmp_path, monkeypatch, stage):
     """No terminal, an output stream that cannot be reconfigured, and a thread that gets no signals:
     the stage runs to its end, and learns the same to the last bit."""
     prepare(chain, tmp_path, stage)
-    monkeypatch.setattr(sys, "argv", ["notebook", *as_options(stage, out=tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["notebook", *as_options({**TINY[stage], "out": tmp_path})])
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert not hasattr(sys.stdout, "reconfigure")
     script = SCRIPTS[stage]
@@ -151,7 +146,7 @@ def test_a_reader_who_has_gone_ends_a_program_without_a_traceback():
 def test_a_terminal_that_lacks_a_character_shows_question_marks_and_stops_no_run(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(sys, "argv", ["x", *as_options("pretrain", out=tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["x", *as_options({**TINY["pretrain"], "out": tmp_path})])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     run_script(train_pretrain.main, train_pretrain.Config)
     samples = (tmp_path / "pretrain" / "samples.txt").read_text("utf-8")

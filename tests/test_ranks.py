@@ -35,7 +35,7 @@ def log_and_die(self, step, **numbers):
     log(self, step, **numbers)
 data.run.Run.log = log_and_die
 sys.argv = [stage, f"--out={{out}}"]
-sys.argv += [f"--{{k}}" if v is None else f"--{{k}}={{v}}" for k, v in options.items()]
+sys.argv += tiny_runs.as_options(options)
 data.run.run_script(script.main, script.Config)
 """
 
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_two_ranks_end_with_the_same_bits(tmp_path):
     assert two_ranks("pretrain", tmp_path / "whole", tmp_path, **options).returncode == 0
     half = two_ranks("pretrain", tmp_path / "half", tmp_path, stop_at=7, **options)
     assert half.returncode != 0 and "stopped after step 8" in half.stdout
-    resumed = two_ranks("pretrain", tmp_path / "half", tmp_path, **options, resume=None)
+    resumed = two_ranks("pretrain", tmp_path / "half", tmp_path, **options, resume=True)
     assert resumed.returncode == 0, resumed.stderr
     assert same(tmp_path / "whole" / "pretrain", tmp_path / "half" / "pretrain")
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from tiny_runs import ROOT, SCRIPTS, TINY, interrupt, prepare, run, same
+from tiny_runs import ROOT, SCRIPTS, TINY, as_options, interrupt, prepare, run, same
 
 import data.evaluate
 import data.preferences
@@ -385,8 +385,7 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_results(chain, tmp_path, pro
         "export": ["gpt.py", out, f"--export={disk}/exported"],
     }.get(program)
     if command is None:
-        options = [f"--{name}={value}" for name, value in TINY[program].items()]
-        command = [f"train_{program}.py", out, *options]
+        command = [f"train_{program}.py", out, *as_options(TINY[program])]
     used = sum(-(-len(data) // 4096) * 4 for data in before.values())  # in pages of 4 KiB
     room = {"preferences": 60, "evaluate": 60, "export": 80}.get(program, 200)
     result = on_a_small_disk(disk, used + room, [sys.executable, *command])

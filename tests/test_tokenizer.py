@@ -94,7 +94,7 @@ def test_a_word_is_the_same_token_at_the_start_of_a_text_and_inside_it(tokenizer
 
 @pytest.mark.parametrize("script", ["Latin", "Chinese"])
 def test_training_merges_what_a_recount_of_the_whole_text_would_merge(script):
-    """The fast version counts again only beside what it merges; this one starts over."""
+    """The fast version counts only changed words again; this one starts over."""
     text = " low lower lowest newer newest wide wider widest aaaa aaa low low new" * 3
     if script == "Chinese":  # long words of three bytes a letter, with no blank between them
         text = "低低下低下的低下的人，新人比新的人新。新新新人人人低人，" * 3

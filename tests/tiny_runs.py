@@ -61,6 +61,15 @@ for stage in TINY:
     TINY[stage] |= {} if stage == "pretrain" else dict(max_new_tokens=12)
 
 
+def as_options(options):
+    """A command line's words for options {name: value}."""
+    switches = {True: "--{}", False: "--no-{}"}
+    return [
+        switches[value].format(name) if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in options.items()
+    ]
+
+
 def run(stage, out, **changes):
     """Run a stage, without what would take longer than all the rest: curve.png is empty, and
     pretraining is validated on 300 documents."""

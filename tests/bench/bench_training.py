@@ -106,6 +106,7 @@ def ours(stage: str, out: str, bf16: bool) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         options = {"out": folder, "eval_every": 10**9, "save_every": 10**9, "bf16": bf16}
+        options["threads"] = torch.get_num_threads()
         if script is train_pretrain:
             options.update(steps=STEPS[stage] + 2, documents=3000)
             options["optimizer"] = "adamw" if stage.endswith("AdamW") else "muon"
@@ -348,7 +349,7 @@ def main():
     sides = SIDES
     if not importlib.util.find_spec("trl"):
         print("transformers and trl==1.10.0 are not installed: measuring ours only")
-        sides = SIDES[:2]
+        sides = [side for side in SIDES if side.startswith("ours")]
     results = {stage: {who: [] for who in sides} for stage in args.stages}
     for _, stage, who in itertools.product(range(args.rounds), args.stages, sides):
         command = [sys.executable, __file__, "--out", args.out, "--one", stage, who]
