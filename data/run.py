@@ -201,9 +201,14 @@ def use_idle_cpus():
     program, 343 beside one with a single thread, and 255 if both have one.
     """
     threads = torch.get_num_threads()
-    if threads > 1 and (idle := max(round(min(idle_cpus(), threads)), 1)) < threads:
-        torch.set_num_threads(idle)
-        print(f"other programs are using the CPUs, so here --threads is {idle}")
+    if threads == 1:
+        return
+    for _ in range(5):  # a second in all: a program may just be ending
+        idle = max(round(min(idle_cpus(), threads)), 1)
+        if idle == threads:
+            return
+    torch.set_num_threads(idle)
+    print(f"other programs are using the CPUs, so here --threads is {idle}")
 
 
 def idle_cpus(seconds: float = 0.2) -> float:

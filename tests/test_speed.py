@@ -165,9 +165,10 @@ def test_a_run_takes_no_more_threads_than_other_programs_leave_cpus(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(data.run, "idle_cpus", lambda: idle)
+    looks = []
+    monkeypatch.setattr(data.run, "idle_cpus", lambda: looks.append(1) or idle)
     start(train_sft.Config(device="cpu"))
-    assert threads[-1] == used
+    assert threads[-1] == used and len(looks) == (5 if used < 4 else 1)
     assert ("other programs" in capsys.readouterr().out) == (used < 4)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")  # whoever says how many gets them
     start(train_sft.Config(device="cpu"))
