@@ -81,7 +81,7 @@ def figures(monkeypatch):
         def savefig(self, path, **how):
             drawn.append((self, path))
 
-    monkeypatch.setattr(data.run, "Figure", Noted)
+    monkeypatch.setattr("matplotlib.figure.Figure", Noted)
     return drawn
 
 

@@ -1095,7 +1095,7 @@ def test_hardly_an_option_is_at_its_default():
     """For those that are, a constant in place of cfg.x would be noticed by other tests only."""
     everywhere = {"threads", "recompute", "compile", "save_every", "resume", "check"}
     named = {
-        "pretrain": {"init", "data", "tokenizer"},
+        "pretrain": {"init", "data", "tokenizer", "bf16"},
         "sft": {"init", "data"},
         "rm": {"init", "data"},
         # the test by hand sets the last three
