@@ -8,7 +8,6 @@ import pytest
 from matplotlib.figure import Figure
 from tiny_runs import SCRIPTS
 
-import data.run
 import train_sft
 from data.run import COLOURS, Run, plot, write_csv
 from gpt import InputError
