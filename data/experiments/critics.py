@@ -21,7 +21,7 @@ from data.talk import Speaker
 from data.town.tasks import KINDS
 from data.town.words import long_sum
 
-BETA = 0.15  # at which the first four of these have about the same KL, 1.7 to 2 nats
+BETA = 0.15  # at which the first four of these have about the same KL, 1.6 to 1.8 nats
 # Methods -> options of PPO.
 METHODS = {
     "ppo": {},
