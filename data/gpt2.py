@@ -16,8 +16,8 @@ of all the weights in memory. Nothing but tensors is unpickled.
 
 Exporting loses one guarantee: in `transformers`, a message that spells "<|end|>" ends its turn.
 
-**What GPT-2's size needs** (124 million parameters, `--no-bf16`). One step of each stage has been run
-on a CPU, with random weights; the last column is arithmetic for the README's commands.
+**What GPT-2's size needs** (124 million parameters, `--no-bf16`). One step of each stage has been
+run on a CPU, with random weights; the last column is arithmetic for the README's commands.
 
     stage          models                                           peak, at              on a GPU
     pretraining    1 trained                                        3.9 GB, 4 x 1024      6 GB
