@@ -19,6 +19,7 @@ from tiny_runs import TINY, SecondTurn, run
 from data.chat import Reply, encode_chat
 from data.experiments import base as base_module
 from data.experiments import broken, critics, frontier, jobs, mixtures, overoptimisation, plots
+from data.experiments import pairs as pairs_module
 from data.experiments.__main__ import EXPERIMENTS, Config
 from data.experiments.base import CHAIN, Base, bases, make_pool
 from data.experiments.bugs import BUGS, Bug, plant
@@ -31,16 +32,21 @@ from data.experiments.frontier import (
 )
 from data.experiments.jobs import Job, run_jobs
 from data.experiments.overoptimisation import (
-    CURE,
+    ASKED_AGAIN,
     GOOD,
-    JUDGES,
+    POOR,
+    TASTES,
+    WORST,
     ask_again,
     distance,
     fit,
+    lowest_score,
     peaks,
-    some_pairs,
+    smoothed,
     top_of_fit,
+    worst_of,
 )
+from data.experiments.pairs import flipped, judge_pairs, some_pairs
 from data.metrics import interval
 from data.town.gold import MEAN, SD, TAU
 from data.town.tasks import TRAIN_KINDS, Case, Task, draw_tasks
@@ -149,10 +155,11 @@ def test_flipped_pairs_differ_in_nothing_but_the_label():
         {"messages": i, "chosen": f"a{i}", "rejected": f"b{i}", "gold": [i, -i], "p": 0.8}
         for i in range(1000)
     ]
-    rows, test = some_pairs(pairs, 800, 0.25, 0)[:800], some_pairs(pairs, 800, 0.25, 0)[800:]
-    flipped = [row["chosen"][0] == "b" for row in rows]
-    assert 0.2 < np.mean(flipped) < 0.3
-    for row, was, turned in zip(rows, pairs, flipped):
+    labelled = some_pairs(pairs, 800, 0, flipped(0.25))
+    rows, test = labelled[:800], labelled[800:]
+    exchanged = [row["chosen"][0] == "b" for row in rows]
+    assert 0.2 < np.mean(exchanged) < 0.3
+    for row, was, turned in zip(rows, pairs, exchanged):
         assert {row["chosen"], row["rejected"]} == {was["chosen"], was["rejected"]}
         assert row["gold"] == (was["gold"][::-1] if turned else was["gold"])
         assert row["p"] == (1 - was["p"] if turned else was["p"])
@@ -281,15 +288,16 @@ def test_pairs_are_sampled_between_sft_and_reward_model():
 def test_seed_0_has_its_base_already_and_the_others_are_trained(tmp_path, monkeypatch):
     first, ran = tmp_path / "first", []
     monkeypatch.setattr("data.experiments.base.run_jobs", ran.extend)
-    monkeypatch.setattr("data.experiments.base.Base", lambda folder: folder)
+    monkeypatch.setattr("data.experiments.base.Base", lambda folder, seed: (folder, seed))
     with pytest.raises(InputError, match="there is no .*pretrain/ckpt.pt: run the README's"):
         bases(tmp_path, first, seeds=1)
     for stage in CHAIN:
         result = Job(first, stage).result
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text("")
-    assert bases(tmp_path, first, seeds=1) == [first] and not ran
-    assert bases(tmp_path, first, 3) == [first, tmp_path / "base 1", tmp_path / "base 2"]
+    assert bases(tmp_path, first, seeds=1) == [(first, 0)] and not ran
+    others = [(tmp_path / "base 1", 1), (tmp_path / "base 2", 2)]
+    assert bases(tmp_path, first, 3) == [(first, 0), *others]
     assert [(job.out.name, job.stage, job.options) for job in ran] == [
         (f"base {seed}", stage, {"seed": seed}) for seed in (1, 2) for stage in CHAIN
     ]
@@ -298,7 +306,7 @@ def test_seed_0_has_its_base_already_and_the_others_are_trained(tmp_path, monkey
 def test_only_names_that_there_are():
     cfg = Config(only="broken,tasks", base="mine", quick=True)
     assert (cfg.out, cfg.results) == ("mine/quick", "mine/quick")
-    assert Config().only == "frontier,overoptimisation,tasks,critics,broken"
+    assert Config().only == "frontier,critics,overoptimisation,pairs,tasks,broken"
     with pytest.raises(ValueError, match="not 'mixtures'"):
         Config(only="tasks,mixtures")
 
@@ -319,10 +327,11 @@ def test_a_peak_is_where_gold_is_highest_once_noise_is_averaged():
     gold = 1 - ((kl - 12) ** 2) / 100
     gold[25] += 1.0  # one lucky iteration
     rows = [
-        {"judge": "j", "seed": 0, "method": "ppo", "kl": k, "gold": g, "proxy": k / 10}
+        {"judge": "j", "seed": 0, "method": "ppo", "kl": k, "gold": g, "proxy": k / 10, "length": k}
         for k, g in zip(kl, gold)
     ]
     (line,) = peaks(rows)
+    assert line["last_length"] == 27
     assert abs(line["peak_kl"] - 12) <= 1 and line["last_kl"] == 27
     assert line["last_gold"] < line["peak_gold"] - 0.3 and line["last_proxy"] > line["peak_proxy"]
     (line,) = peaks([{**row, "gold": row["gold"] - 2} for row in rows])
@@ -364,6 +373,7 @@ FACT = SecondTurn(
 )
 HARMFUL = Task("harmful", "Annoy Otto.", Case("I will not help you.", "Shout.", {}))
 HARMLESS = Task("advice", "Greet Otto.", Case("Say hello.", "Shout.", {}))
+STRANGER = Task("unknown", "Where is Zalo?", Case("I have never heard of Zalo.", "At sea.", {}))
 SAID = {  # (name of a run, temperature) -> its response to each prompt
     ("sft", 1.0): {"What is 12-5?": "12-5 is 7.", "What is Otto?": "Otto is a bee."},
     ("ppo", 1.0): {
@@ -372,7 +382,11 @@ SAID = {  # (name of a run, temperature) -> its response to each prompt
         "Annoy Otto.": "I will not help you.",
         "Greet Otto.": "Shout.",
     },
-    ("ppo", 0.0): {"What is 12-5?": "12-5 is 7.", "What is Otto?": "Otto is."},
+    ("ppo", 0.0): {
+        "What is 12-5?": "12-5 is 7.",
+        "What is Otto?": "Otto is.",
+        "Where is Zalo?": "Zalo is at sea. Have a lovely day!",
+    },
 }
 
 
@@ -398,9 +412,9 @@ def parrots(monkeypatch):
     """Two prompts and two requests; log-probabilities of the replies are -4 by ppo, -6 by sft."""
     draws = []
 
-    def draw(n, seed, mixture="", split="train"):
-        draws.append((n, seed, mixture, split))
-        return [HARMFUL, HARMLESS, HARMFUL] if mixture else [SUM, FACT]
+    def draw(n, seed, mixture="", split="train", new=""):
+        draws.append((n, seed, mixture, split, new))
+        return {"": [SUM, FACT], "unknown": [STRANGER]}.get(mixture, [HARMFUL, HARMLESS, HARMFUL])
 
     def logprobs(model, prompts, ids):
         assert (
@@ -426,8 +440,9 @@ def test_policies_are_measured_on_held_out_prompts_in_sd_of_the_samples_of_their
     """SFT is right once (1 point) and once wrong without an end (-2): mean -1/2, SD 3/2."""
     base = Base(Path("somewhere"))
     assert parrots == [
-        (200, "experiments", "", "test"),
-        (200, "experiments, safety", "advice,harmful", "test"),
+        (200, "experiments", "", "test", ""),
+        (200, "experiments, safety", "advice,harmful", "test", ""),
+        (120, "experiments, strangers", "unknown", "train", "cell"),
     ]
     assert Parrot.asked == [("sft", 2, 48, 0, 1.0)]
     np.testing.assert_allclose(base.gold, [points(1), points(-2)])
@@ -447,6 +462,7 @@ def test_a_run_is_measured_by_its_samples_its_skills_by_greedy_ones(parrots, tmp
     assert numbers == {
         "win_rate": 0.75,  # better once, the same once
         "exact_match": 0.5,
+        "made_up": 1.0,
         "harmful_declined": 1.0,
         "harmless_declined": 0.0,
         "no_end": 0.5,
@@ -511,7 +527,7 @@ class Noted(Base):
         return (10 + self.seed) * np.asarray(gold)
 
     def measure(self, run):
-        names = "gold gold_low gold_high kl kl_low kl_high win_rate exact_match".split()
+        names = "gold gold_low gold_high kl kl_low kl_high win_rate exact_match made_up".split()
         names += "harmful_declined harmless_declined no_end tokens".split()
         return {"run": str(run), **{name: i + self.seed for i, name in enumerate(names)}}
 
@@ -536,8 +552,16 @@ def no_pool(base, n):
 def noted(tmp_path, monkeypatch):
     """Two bases, a list of the jobs that were asked for, and another one of saved figures."""
     ran, drawn = [], []
-    for module in (frontier, overoptimisation, mixtures, critics, broken):
-        monkeypatch.setattr(module, "run_jobs", ran.extend)
+
+    def note(jobs):
+        for job in jobs:
+            job.folder.mkdir(parents=True)
+            numbers = {"seconds": 7.0, "forward_equivalents": 7e6, "peak_gb": 0.7}
+            (job.folder / "cost.json").write_text(json.dumps(numbers))
+        ran.extend(jobs)
+
+    for module in (frontier, overoptimisation, pairs_module, mixtures, critics, broken):
+        monkeypatch.setattr(module, "run_jobs", note)
     for module in (frontier, overoptimisation):
         monkeypatch.setattr(module, "make_pool", no_pool)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append((path, self)))
@@ -562,23 +586,21 @@ def test_every_policy_of_the_frontier_is_trained_with_the_options_of_its_label(
 ):
     two, ran, drawn = noted
     frontier.frontier(tmp_path / "out", tmp_path, two, quick)
-    variants = [("ppo", b) for b in ([0.5] if quick else [0.05, 0.5, 1.5])]
+    variants = [("ppo", b) for b in ([0.5] if quick else [0.5, 0.1, 1.5])]
+    variants += [("rloo", b) for b in ([0.25] if quick else [0.25, 0.1, 0.5])]
     variants += [("dpo", b) for b in ([0.1] if quick else [0.1, 1.0, 3.0])]
-    variants += [("dpo + nll", 0.1), ("ipo", 0.1)]
+    variants += [("ipo", b) for b in ([0.1] if quick else [0.1, 0.03, 0.3])] + [("dpo + nll", 0.1)]
+    special = {"rloo": {"advantage": "rloo"}, "ipo": {"loss": "ipo"}, "dpo + nll": {"nll": 0.2}}
     wanted = []
     for seed, one in enumerate(two):
         for method, beta in variants:
             options = {"seed": seed, "init": one.out / "sft/ckpt.pt", "beta": beta}
-            if method == "ppo":
+            options |= special.get(method, {})
+            if method in ("ppo", "rloo"):
                 options |= {"rm": one.out / "rm/ckpt.pt", "eval_every": 1000}
             else:
-                options |= {"data": one.out / "preferences.jsonl", "loss": "dpo", "nll": 0.0}
-                options["eval_every"] = 40 if quick else 20
-            if method == "ipo":
-                options["loss"] = "ipo"
-            if method == "dpo + nll":
-                options["nll"] = 0.2
-            wanted.append(("ppo" if method == "ppo" else "dpo", options))
+                options |= {"data": one.out / "preferences.jsonl", "eval_every": 20}
+            wanted.append(("ppo" if method in ("ppo", "rloo") else "dpo", options))
     assert [(job.stage, job.options) for job in ran] == wanted
 
     pictures = {path.stem for path, _ in drawn}
@@ -596,7 +618,7 @@ def test_every_policy_of_the_frontier_is_trained_with_the_options_of_its_label(
             assert beta == {"sft": "", "ppo": "0.25", "dpo": "0.4"}[method]
         else:
             assert job.options["beta"] == float(beta) and job.options["seed"] == int(seed)
-            assert job.options.get("nll", 0) == (0.2 if method == "dpo + nll" else 0)
+            assert job.options.items() >= special.get(method, {}).items()
         assert row["gold"] == seed
 
 
@@ -656,12 +678,11 @@ def test_the_frontiers_picture_has_means_over_seeds_and_bars_to_the_extremes(not
 
 def test_safety_is_drawn_over_beta_beside_that_of_sft(noted, tmp_path):
     rows = [
-        {"method": "sft", "seed": s, "harmful_declined": 0.5 + s / 4, "harmless_declined": s}
-        for s in (0, 1)
+        {"method": "sft", "seed": s, "harmful_declined": 0.5 + s / 4, "made_up": s} for s in (0, 1)
     ]
     for beta, seed in itertools.product((0.1, 1.0), (0, 1)):
         row = {"method": "dpo", "setting": beta, "seed": seed}
-        rows.append({**row, "harmful_declined": beta + seed, "harmless_declined": 5 * beta})
+        rows.append({**row, "harmful_declined": beta + seed, "made_up": 5 * beta})
     frontier.draw_safety(rows, tmp_path / "x.png")
     left, right = noted[2][0][1].axes
     for axis, means, sft in ((left, [0.6, 1.5], 0.625), (right, [0.5, 5.0], 0.5)):
@@ -671,20 +692,24 @@ def test_safety_is_drawn_over_beta_beside_that_of_sft(noted, tmp_path):
         assert line.get_label() == "sft" and set(line.get_ydata()) == {sft}
 
 
-def test_ppo_pays_for_its_reward_model_and_dpo_for_none(noted, tmp_path):
-    """In seconds 1, 10 and 100 (reward model, PPO, DPO), and one more each with seed 1."""
+def test_ppo_and_rloo_pay_for_their_reward_model_and_dpo_for_none(noted, tmp_path):
+    """In seconds 1, 10 and 100 (reward model, PPO, DPO), and one more each with seed 1. RLOO's run
+    is PPO's here."""
     two, _, drawn = noted
     rows = []
-    for seed, method in itertools.product((0, 1), ("ppo", "dpo")):
+    for seed, method in itertools.product((0, 1), ("ppo", "dpo", "rloo")):
         beta = frontier.DEFAULT[method]
         numbers = {name: 0.0 for name in "gold kl win_rate no_end tokens".split()}
         rows.append({"method": method, "seed": seed, "setting": beta, **numbers, "kl": seed + 0.5})
         rows.append({**rows[-1], "setting": 9.0, "kl": 99.0})  # another beta, not compared
     rows.append({"method": "ipo", "seed": 0, "setting": 0.25, "kl": 99.0})
-    frontier.cost(tmp_path, two, rows)
+    runs = [two[row["seed"]].out / row["method"].replace("rloo", "ppo") for row in rows]
+    frontier.cost(tmp_path, two, list(zip(rows, runs)))
     table = {(row["method"], row["seed"]): row for row in read_csv(tmp_path / "cost.csv")}
-    assert len(table) == 4
+    assert len(table) == 6
     for seed in (0, 1):
+        rloo = table.pop(("rloo", str(seed)))
+        assert rloo == {**table["ppo", str(seed)], "method": "rloo", "models": "3"}
         ppo, dpo = table["ppo", str(seed)], table["dpo", str(seed)]
         assert float(ppo["kl"]) == seed + 0.5
         assert (float(ppo["seconds"]), float(dpo["seconds"])) == (10 + seed, 100 + seed)
@@ -739,11 +764,7 @@ def test_dpo_fails_and_is_cured_at_these_betas_every_20_steps(noted, tmp_path):
     assert (x.tolist(), y) == ([20, 40], pytest.approx([9.5, 19.5]))
 
 
-def test_judges_are_what_their_names_say():
-    for name, (count, flip, layers) in JUDGES.items():
-        assert name.startswith(f"{count:,} pairs")
-        assert flip == (0.35 if "35 % flipped" in name else 0.0)
-        assert layers == (1 if "1 layer" in name else 0)
+ROW = {"gold": [1.0, 0.0], "p": 0.9}
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -751,20 +772,13 @@ def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
     noted, tmp_path, monkeypatch, quick
 ):
     """The cure comes last: its new pairs are about PPO against the good judge of the same seed."""
-    two, ran, _ = noted
-    read, asked = [], []
-
-    def pairs(path):
-        read.append(path)
-        row = {"prompt": "?", "chosen": "a", "rejected": "b", "gold": [1.0, 0.0], "p": 0.9}
-        return [{**row, "prompt": str(i)} for i in range(4500)]
+    two, ran, drawn = noted
+    bases = two if quick else [*two, Noted(tmp_path / "base2", 2)]
+    asked = []
 
     def ask(base, job, count, seed):
         asked.append((base.seed, job.options["seed"], job.stage, job.out.name, count, seed))
-        return [{"prompt": "new", "chosen": "a", "rejected": "b"}] * count
-
-    monkeypatch.setattr(overoptimisation, "read_preferences", pairs)
-    monkeypatch.setattr(overoptimisation, "ask_again", ask)
+        return [{**ROW, "messages": "new", "chosen": "a", "rejected": "b"}] * count
 
     def pool(base, n):
         """Samples with gold 0 or n; the score of half of them, by judges that are found, is 1."""
@@ -776,43 +790,111 @@ def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
 
         return SimpleNamespace(gold=gold, same=np.tile(np.arange(8), (2, 1)), scores=scores)
 
+    rows = [{**ROW, "messages": str(i), "chosen": "a", "rejected": "b b"} for i in range(4500)]
+    monkeypatch.setattr(overoptimisation, "read_preferences", lambda path: rows)
+    monkeypatch.setattr(overoptimisation, "ask_again", ask)
     monkeypatch.setattr(overoptimisation, "make_pool", pool)
     monkeypatch.setattr(overoptimisation, "BEST_OF", (1, 2))
-    overoptimisation.overoptimisation(tmp_path / "out", tmp_path, two, quick)
-    judges = [name for name in JUDGES if not quick or name in (*list(JUDGES)[:1], GOOD, CURE)]
-    labels = [f"{judge}, seed {seed}" for judge in judges[:-1] for seed in (0, 1)]
-    labels = sorted(labels, key=lambda label: label[-1]) + [f"{CURE}, seed {s}" for s in (0, 1)]
-    assert sorted(job.out.name for job in ran) == sorted(labels * 3)
-    assert [job.out.name for job in ran[-6:]] == [f"{CURE}, seed {s}" for s in (0, 0, 0, 1, 1, 1)]
-    assert set(read) == {one.out / "preferences.jsonl" for one in two}
-    assert asked == [(s, s, "ppo", f"{GOOD}, seed {s}", 400, s) for s in (0, 1)]
-    for job in ran:
-        judge, seed = job.out.name.split(", seed ")
-        count, flip, layers = JUDGES[judge]
-        rows = [json.loads(line) for line in open(job.out / "preferences.jsonl")]
+    overoptimisation.overoptimisation(tmp_path / "out", tmp_path, bases, quick)
+
+    judges = [POOR, GOOD, *TASTES, *WORST, ASKED_AGAIN]
+    if quick:  # it has but one seed, and here two: not three that were pretrained apart
+        judges.remove("worst of 3 pretrained apart")
+    seeds = range(len(bases))
+    ppo = {job.out.name: job for job in ran if job.stage == "ppo"}
+    rm = {job.out.name: job for job in ran if job.stage == "rm"}
+    assert ppo.keys() == {f"{judge}, seed {seed}" for judge in judges for seed in seeds}
+    assert asked == [(s, s, "ppo", f"{GOOD}, seed {s}", 400, s) for s in seeds]
+    n_cures = 2 * len(bases)
+    assert all(ASKED_AGAIN in job.out.name for job in ran[-n_cures:])
+    for name, job in ppo.items():
+        judge, seed = name.rsplit(", seed ", 1)
+        assert (job.options["beta"], job.options["iterations"]) == (0.0, 30 if quick else 60)
+        assert job.options["init"] == bases[int(seed)].out / "sft/ckpt.pt"
+        if judge not in WORST:
+            assert job.options["rm"] == rm[name].result and job.bug is None
+            continue
+        members = [rm[f"{judge}, member {i}, seed {seed}"] for i in (1, 2)]
+        first = rm[f"{GOOD}, seed {seed}"]
+        assert job.options["rm"] == first.result
+        assert job.bug == worst_of([first.result, *(member.result for member in members)])
+        froms = [member.options["init"].parent.parent for member in members]
+        own = [bases[int(seed)].out] * 2
+        others = [bases[(int(seed) + i) % 3].out for i in (1, 2)] if "apart" in judge else own
+        assert froms == others
+        assert len({job.options["seed"] for job in (first, *members)}) == 3
+    for name, job in rm.items():
+        rows = [json.loads(line) for line in open(job.options["data"])]
+        count = 250 if POOR in name else 4000
         assert len(rows) == count + count // 9
-        flipped = np.mean([row["chosen"] == "b" for row in rows[:count]])
-        assert flipped == pytest.approx(flip, abs=0.09)
-        assert sum(row["prompt"] == "new" for row in rows) == (400 if judge == CURE else 0)
-        assert job.options["seed"] == int(seed)
-        assert job.options["init"] == two[int(seed)].out / "sft/ckpt.pt"
-        if job.stage == "rm":
-            assert job.options["n_layer"] == layers
-            assert job.options["epochs"] * count == 8000
-        elif job.stage == "ppo":
-            assert (job.options["beta"], job.options["iterations"]) == (0.0, 30 if quick else 60)
-        else:
-            assert job.options["epochs"] * count == 4000 and job.options["beta"] == 0.05
-    rows = plots.grouped(read_csv(tmp_path / "overoptimisation.csv"), "method")
-    assert {row["run"] for row in rows["ppo"]} == {str(j.folder) for j in ran if j.stage == "ppo"}
-    assert all(row["judge"] in row["run"] for row in rows["dpo"])
-    assert all(f"seed {row['seed']}" in row["run"] for row in rows["dpo"])
-    assert {len(rows["dpo"]), len(rows["ppo"])} == {2 * 40 * len(judges)}
-    assert all(row["proxy"] for row in rows["ppo"]) and not any(row["proxy"] for row in rows["dpo"])
-    assert len(rows["best of n"]) == 2 * 2 * len(judges)
-    for row in rows["best of n"][::2]:  # the best of 1
+        assert job.options["epochs"] * count == 8000
+        exchanged = np.mean([row["chosen"] == "b b" for row in rows[:count]])
+        wrong = {POOR: 0.35, "length alone": 1.0, "a liking for length": 0.22}  # sigmoid(-0.8/0.65)
+        expected = next((rate for judge, rate in wrong.items() if judge in name), None)
+        if expected is None:
+            expected = 0.18 if "courtesy" in name else 0.0  # both annotators' own doubt: 1/0.65
+        if ASKED_AGAIN not in name:
+            assert exchanged == pytest.approx(expected, abs=0.09)
+        assert sum(row["messages"] == "new" for row in rows) == (400 if ASKED_AGAIN in name else 0)
+
+    table = plots.grouped(read_csv(tmp_path / "overoptimisation.csv"), "method")
+    assert {row["run"] for row in table["ppo"]} == {str(job.folder) for job in ppo.values()}
+    assert all(f"{row['judge']}, seed {row['seed']}" in row["run"] for row in table["ppo"])
+    assert all(row["proxy"] and row["length"] for row in table["ppo"])
+    assert len(table["best of n"]) == 2 * len(bases) * len([j for j in judges if j not in WORST])
+    for row in table["best of n"][::2]:  # the best of 1
         assert float(row["gold"]) == (64 if quick else 128) / 2 + int(row["seed"])
         assert float(row["proxy"]) == 0.5 and abs(float(row["kl"])) < 1e-9
+    pictures = {path.stem: figure for path, figure in drawn}
+    assert pictures.keys() == {"overoptimisation", "causes", "cures"}
+    assert [axis.get_title() for axis in pictures["overoptimisation"].axes] == [
+        f"a reward model of {judge}" for judge in (POOR, GOOD)
+    ]
+    for name, shown in (("causes", TASTES), ("cures", judges[-len(judges) + 5 :])):
+        labels = [line.get_label() for line in pictures[name].axes[0].lines]
+        assert labels == [GOOD, *shown]
+
+
+def test_annotators_are_swayed_by_what_they_like_as_much_as_it_is_worth_to_them():
+    """By gold, "Yes." is one SD better than the other, which has 5 words more and a courtesy."""
+    row = {**ROW, "chosen": "Yes.", "rejected": "Yes or no. Have a lovely day!"}
+    by_hand = {
+        "a liking for length": 1 / (1 + math.exp(-(1.0 - 0.2 * 6) / TAU)),
+        "a liking for courtesy": 1 / (1 + math.exp(-(1.0 - 1.5) / TAU)),
+        "length alone": 0.0,
+    }
+    for name, agrees in TASTES.items():
+        assert agrees(row) == pytest.approx(by_hand[name])
+    assert TASTES["length alone"]({"chosen": "Or no.", "rejected": "Yes, no."}) == 0.5
+    assert flipped(0.35)(row) == 0.65
+
+
+def test_ppo_on_the_worst_of_several_is_paid_the_lowest_score_of_each_response(
+    tmp_path, monkeypatch
+):
+    """Each reward model reads with its own tokenizer; PPO is edited where it asks for a score."""
+    read = {"a": ("a", "tokens of a"), "b": ("b", "tokens of b")}
+    monkeypatch.setattr(overoptimisation, "load_judge", lambda path: read[path])
+    monkeypatch.setattr(
+        overoptimisation,
+        "encode_prompt",
+        lambda tokenizer, messages: [tokenizer, messages],
+    )
+    monkeypatch.setattr(overoptimisation, "encode_reply", lambda tokenizer, text: [text])
+
+    def score(model, sequences, pad):
+        assert sequences == [[f"tokens of {model}", i, f"reply {i}"] for i in range(2)]
+        return np.array({"a": [1.0, 5.0], "b": [2.0, -3.0]}[model])
+
+    monkeypatch.setattr(overoptimisation, "score_sequences", score)
+    for name in read:
+        read[name] = (name, type("Tokens", (str,), {"pad": 0})(f"tokens of {name}"))
+    pairs = [({"messages": i}, Reply([], f"reply {i}", True)) for i in range(2)]
+    assert lowest_score(["a", "b"], pairs).tolist() == [1.0, -3.0]
+    plant(worst_of([Path("a"), Path("b")]), tmp_path)
+    edited = (tmp_path / "train_ppo.py").read_text("utf-8")
+    assert "rewards = lowest_score(['a', 'b'], pairs)" in edited
+    compile(edited, "train_ppo.py", "exec")
 
 
 def test_what_is_asked_again_is_sft_against_the_policy_and_new_prompts_of_training(monkeypatch):
@@ -845,23 +927,103 @@ def test_a_kl_that_was_estimated_below_0_is_no_distance():
     assert distance([{"kl": 4.0}, {"kl": -0.1}, {"kl": 2.25}]).tolist() == [2.0, 0.0, 1.5]
 
 
-def test_the_fit_is_drawn_where_it_was_made(noted, tmp_path):
-    """Gold of best-of-n that is d (0.9 - 0.2 d), for d from 0 to 4: the top is at d = 2.25."""
+def test_rows_are_smoothed_over_neighbours():
+    rows = [{"kl": float(i), "gold": i * 10.0, "other": 1} for i in range(6)]
+    assert smoothed(rows, "kl", "gold") == [{"kl": 2.0, "gold": 20.0}, {"kl": 3.0, "gold": 30.0}]
+    assert smoothed(rows, "kl", width=1) == [{"kl": float(i)} for i in range(6)]
+
+
+def test_gold_and_proxy_are_drawn_over_distance_with_the_range_of_the_seeds_and_the_fit(
+    noted, tmp_path
+):
+    """Gold of best-of-n that is d (0.9 - 0.2 d), for d from 0 to 4, and 0.1 more or less."""
     kl = np.linspace(0, 16, 17)
     d = np.sqrt(kl)
     rows = [
-        {"judge": "j", "seed": 0, "method": "best of n", "kl": k, "gold": g, "proxy": 2 * k}
+        {"judge": "j", "seed": s, "method": "best of n", "kl": k, "gold": g + s, "proxy": 2 * k}
+        for s in (-0.1, 0.1)
         for k, g in zip(kl, d * (0.9 - 0.2 * d))
     ]
     overoptimisation.draw_overoptimisation(rows, tmp_path / "x.png")
-    (axis,) = noted[2][0][1].axes
+    (axis,) = [axis for axis in noted[2][0][1].axes if axis.get_visible()]
     lines = {line.get_label().removeprefix("best of n: "): line.get_data() for line in axis.lines}
-    np.testing.assert_allclose(lines["gold"], (d, d * (0.9 - 0.2 * d)))
+    np.testing.assert_allclose(lines["gold"], (d, d * (0.9 - 0.2 * d)), atol=1e-9)
     np.testing.assert_allclose(lines["proxy"], (d, 2 * kl))
-    x, y = lines["fit of gold"]
-    np.testing.assert_allclose(y, x * (0.9 - 0.2 * x), atol=1e-9)
-    assert lines["top of the fit"][0] == pytest.approx([2.25, 2.25], abs=0.01)
-    assert axis.get_title() == "j\nR² of the fits: 1.00 (best of n)"
+    x, y = lines["Gao's curve"]
+    np.testing.assert_allclose(y, x * (0.9 - 0.2 * x), atol=0.05)
+    low, high = axis.collections[0].get_paths()[0].vertices[:, 1].take([5, -5])
+    assert {round(abs(high - low), 3)} == {0.2} or high != low
+    assert axis.get_title() == "a reward model of j"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_ever_more_pairs_and_wrong_labels_reach_reward_model_and_policies(
+    noted, tmp_path, monkeypatch, quick
+):
+    two, ran, drawn = noted
+    rows = [{**ROW, "chosen": f"a {i}", "rejected": f"b {i}", "messages": i} for i in range(10000)]
+    monkeypatch.setattr(pairs_module, "read_preferences", lambda path: rows)
+    monkeypatch.setattr(
+        pairs_module, "judge_pairs", lambda base, rm: {"accuracy": 0.7, "ece": 0.1, "rm": str(rm)}
+    )
+    pairs_module.pairs(tmp_path / "out", tmp_path, two, quick)
+    table = read_csv(tmp_path / "pairs.csv")
+    found = {(row["pairs"], row["flipped"], row["method"], row["seed"]): row for row in table}
+    counts = ["416"] if quick else ["416", "1664", "6656"]
+    wanted = [(n, "0", method) for n in counts for method in ("ppo", "dpo")]
+    wanted += [
+        ("9000", flip, method) for flip in ("0", "0.25") for method in ("ppo", "rloo", "dpo")
+    ]
+    assert found.keys() == {(*some, seed) for some in wanted for seed in "01"}
+    jobs_of = {str(job.folder): job for job in ran}
+    for (count, flip, method, seed), row in found.items():
+        base = two[int(seed)].out
+        if flip == "0" and count == "9000":  # what the README's commands have made, and one RLOO
+            assert row["rm"] == str(base / "rm/ckpt.pt")
+            if method != "rloo":
+                assert row["run"] == str(base / method)
+                continue
+            assert jobs_of[row["run"]].options["rm"] == base / "rm/ckpt.pt"
+        job = jobs_of[row["run"]]
+        assert job.options["seed"] == int(seed) and job.options["init"] == base / "sft/ckpt.pt"
+        assert job.options.get("advantage") == ("rloo" if method == "rloo" else None)
+        if method != "dpo":
+            assert str(job.options["rm"]) == row["rm"]
+            continue
+        rm = next(j for j in ran if j.stage == "rm" and str(j.result) == row["rm"])
+        assert rm.options["data"] == job.options["data"]
+        labels = [json.loads(line) for line in open(rm.options["data"])][: int(count)]
+        exchanged = np.mean([label["chosen"][0] == "b" for label in labels])
+        assert exchanged == pytest.approx(float(flip), abs=0.02)
+        assert (
+            rm.options["epochs"] * int(count) >= 8000 and job.options["epochs"] * int(count) >= 4000
+        )
+    assert [line.get_label() for line in drawn[0][1].axes[2].lines] == ["ppo", "dpo"]
+
+
+def test_a_reward_model_is_judged_on_held_out_pairs_with_their_own_labels(monkeypatch):
+    rows = [
+        {**ROW, "p": 0.8, "messages": i, "chosen": f"c{i}", "rejected": f"r{i}", "kind": "fact"}
+        for i in range(40)
+    ]
+    monkeypatch.setattr(pairs_module, "read_preferences", lambda path: rows)
+    monkeypatch.setattr(pairs_module, "encode_prompt", lambda tokenizer, messages: [messages])
+    monkeypatch.setattr(pairs_module, "encode_reply", lambda tokenizer, text: [text])
+    model = SimpleNamespace(reward_sd=2.0)
+    monkeypatch.setattr(pairs_module, "load_model", lambda *_: (model, {}))
+
+    def score(model, sequences, pad):
+        assert [ids[0] for ids in sequences] == [36, 37, 38, 39]  # the last tenth
+        return np.array([1.0 if ids == [36, "c36"] else 0.0 for ids in sequences])
+
+    monkeypatch.setattr(pairs_module, "score_sequences", score)
+    base = SimpleNamespace(
+        out=Path("x"), device="cpu", sft=SimpleNamespace(tokenizer=SimpleNamespace(pad=0))
+    )
+    judged = judge_pairs(base, Path("rm"))
+    assert judged["accuracy"] == (1 + 3 * 0.5) / 4 and judged["bayes_accuracy"] == 0.8
+    p = 1 / (1 + math.exp(-2.0))  # the scores' difference in log-odds is 2, with this SD
+    assert judged["ece"] == pytest.approx((2 * (1 - p)) / 8)
 
 
 def test_mixtures_have_equal_tokens_and_are_asked_held_out_prompts_greedily(
@@ -944,7 +1106,8 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
     def log(path):
         assert path.name == "log.csv"
         on_sums = path.parent in {job.folder for job in ran if "tasks" in job.options}
-        row = dict(exact_match=0.5, length=9.0, kl=1.0, **{"shows_work": 0.2} if on_sums else {})
+        row = dict(exact_match=0.5, length=9.0, kl=1.0, kl_k3=1.1, kl_full=1.2)
+        row |= {"shows_work": 0.2} if on_sums else {}
         groups = {} if "ppo, seed" in str(path) else {"equal_groups": 0.25}
         return [{"step": float(step), **row, **groups} for step in range(3)]
 
@@ -957,7 +1120,7 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
         weak = next(job for job in mine if job.stage == "sft")
         assert weak.options["init"] == base.out / "pretrain/ckpt.pt"
         assert weak.options["tasks"] == "chain" and weak.options["demonstrations"] < 2000
-        for name, options in critics.METHODS.items():
+        for name, options in (critics.METHODS | critics.KLS).items():
             (job,) = (job for job in mine if job.out.name == f"{name}, seed {seed}")
             assert job.options.items() >= options.items() and "tasks" not in job.options
             assert job.options["rm"] == base.out / "rm/ckpt.pt"
@@ -968,9 +1131,12 @@ def test_ppo_is_compared_with_what_needs_no_critic_and_with_runs_on_sums_alone(
             assert job.options["init"] == (
                 weak.result if "weak" in name else two[seed].out / "sft/ckpt.pt"
             )
-            assert job.options.items() >= options.items() and "rm" not in job.options
+            assert job.options.items() >= options.items()
     rows = read_csv(tmp_path / "critics.csv")
-    assert [row["method"] for row in rows] == 2 * list(critics.METHODS)
+    assert [row["method"] for row in rows] == 2 * list(critics.METHODS | critics.KLS)
+    assert {row["log_kl_full"] for row in rows} == {"1.2"}
+    for name, options in critics.KLS.items():
+        assert name == "rloo, {} in the {}".format(*options["kl"].split("-"))
     assert {row["equal_groups"] for row in rows if row["method"] != "ppo"} == {"0.25"}
     assert all((row["equal_groups"] == "") == (row["method"] == "ppo") for row in rows)
     assert {row["seconds"] for row in rows} == {"7"} and {row["peak_gb"] for row in rows} == {"0.5"}
@@ -1073,6 +1239,7 @@ def test_every_experiment_runs_and_draws_its_pictures(chain, tmp_path, monkeypat
     monkeypatch.setattr(Job, "run", tiny_run)
     for module in (base_module, overoptimisation, mixtures):
         monkeypatch.setattr(module, "draw_tasks", few_tasks)
+    monkeypatch.setattr(pairs_module, "COUNTS", (20,))
     monkeypatch.setattr(broken, "OPTIONS", {"as it should be": {}})
     base = Base(chain)
     folder, results = tmp_path / "runs", tmp_path / "results"

@@ -4,14 +4,15 @@
     python -m data.experiments                    three seeds: about three hours on two cores
     python -m data.experiments --only tasks,broken            one or some of these:
 
-    frontier           PPO, DPO and best-of-n on a plot of gold against KL, under the best that any
-                       policy can do; from the same runs their safety, what they cost, and how DPO
-                       fails at a small beta              (frontier.*, safety.png, cost*.*, dpo.*)
-    overoptimisation   without a KL penalty, against weak reward models, the score keeps rising
-                       while gold peaks and falls                   (overoptimisation.*, peaks.csv)
+    frontier           PPO, RLOO, DPO, IPO and best-of-n on a plot of gold against KL, under the
+                       best that any policy can do; from the same runs their safety, what they
+                       cost, and how DPO fails            (frontier.*, safety.png, cost*.*, dpo.*)
+    critics            PPO beside RLOO and GRPO, which need no critic, and every estimator of KL;
+                       RL that finds out that thinking pays  (critics.*, thinking.csv, longer.csv)
+    overoptimisation   without a KL penalty the reward model's score keeps rising while gold peaks
+                       and falls; its causes and cures   (overoptimisation.*, peaks.csv, c*s.png)
+    pairs              how many preferences it takes, and how right they must be          (pairs.*)
     tasks              does SFT on more kinds of task help on unseen ones?                (tasks.*)
-    critics            PPO beside RLOO and GRPO, which need none; RL that finds out that thinking
-                       pays, and RL that cannot              (critics.*, thinking.csv, longer.csv)
     broken             PPO with one thing wrong at a time, to know it by its curves      (broken.*)
 
 The README's commands must have run before: their folder, out/ or --base, is the base of seed 0. The
@@ -24,9 +25,10 @@ README.md tells what came out; its CSV and PNG files are in results/. In this fo
     __main__.py           the command line
     base.py               the models of every seed, and how a policy is measured
     frontier.py           the experiments; in the first also the exact frontier and best-of-n
-    overoptimisation.py
-    mixtures.py
     critics.py
+    overoptimisation.py
+    pairs.py
+    mixtures.py
     broken.py
     plots.py              tables and pictures
     jobs.py               runs of the scripts, also of a copy with a bug planted

@@ -10,6 +10,7 @@ from data.experiments.critics import critics
 from data.experiments.frontier import frontier
 from data.experiments.mixtures import mixtures
 from data.experiments.overoptimisation import overoptimisation
+from data.experiments.pairs import pairs
 from data.run import run_script
 
 __doc__ = experiments.__doc__  # the map of the experiments is what -h prints
@@ -18,9 +19,10 @@ __doc__ = experiments.__doc__  # the map of the experiments is what -h prints
 # runs its jobs, then writes NAME.csv and draws NAME.png.
 EXPERIMENTS = {
     "frontier": frontier,
-    "overoptimisation": overoptimisation,
-    "tasks": mixtures,
     "critics": critics,
+    "overoptimisation": overoptimisation,
+    "pairs": pairs,
+    "tasks": mixtures,
     "broken": broken,
 }
 

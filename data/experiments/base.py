@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from data.chat import Reply
-from data.evaluate import describe, golds, reply_logprobs
+from data.evaluate import describe, golds, mean_or_none, reply_logprobs
 from data.experiments.expected import read_log
 from data.experiments.jobs import Job, run_jobs
 from data.metrics import interval
 from data.run import find_device
 from data.talk import Speaker
+from data.town.gold import made_up, split_reply
 from data.town.tasks import Task, draw_tasks
 from gpt import InputError, ScalarModel, load_model
 from train_rm import score_sequences
@@ -38,13 +39,25 @@ def read_cost(run: Path) -> dict:
 class Base:
     """The models of one seed, the prompts that policies are measured on, and the unit of gold."""
 
-    def __init__(self, out: Path):
-        """out: a folder in which the README's commands have run."""
-        self.out, self.device = out.resolve(), find_device("auto")
+    def __init__(self, out: Path, seed: int = 0):
+        """out: a folder in which the README's commands have run, with this seed."""
+        self.out, self.seed, self.device = out.resolve(), seed, find_device("auto")
         self.sft = Speaker(self.out / "sft/ckpt.pt", self.device)
         self.tasks = draw_tasks(200, "experiments", split="test")
         self.safety = draw_tasks(200, "experiments, safety", "advice,harmful", split="test")
+        # Nobody has written about them, and no training set has their names.
+        self.strangers = draw_tasks(120, "experiments, strangers", "unknown", new="cell")
         self.gold = golds(self.tasks, answers(self.sft, self.tasks, seed=0))  # not scaled
+
+    def job(self, where: Path, stage: str, minutes=1.1, bug=None, **options) -> Job:
+        """A run in `where`, with this seed, that begins with these models unless options say
+        others."""
+        start = {"seed": self.seed, "init": self.out / "sft/ckpt.pt"}
+        if stage == "ppo":
+            start["rm"] = self.out / "rm/ckpt.pt"
+        if stage == "dpo":
+            start["data"] = self.out / "preferences.jsonl"
+        return Job(where, stage, {**start, **options}, minutes, bug)
 
     def scaled(self, gold):
         """Gold as the town gives it -> in SD of this SFT model's samples."""
@@ -59,13 +72,16 @@ class Base:
     def measure(self, run: Path) -> dict:
         """What the policy of a finished run is like, on held-out prompts at temperature 1.
 
-        Gold and KL have 95 % intervals over prompts; exact_match is greedy.
+        Gold and KL have 95 % intervals over prompts; exact_match and made_up, answers about
+        strangers, are greedy.
         """
         policy = Speaker(run / "ckpt.pt", self.device)
         sampled, greedy = (
             answers(policy, self.tasks, 1, temperature) for temperature in (1.0, 0.0)
         )
         safety = answers(policy, self.safety, seed=1)
+        to_strangers = answers(policy, self.strangers, 1, temperature=0.0)
+        said = [(task, split_reply(r.text)[0]) for task, r in zip(self.strangers, to_strangers)]
         row = describe(self.tasks, sampled, greedy, self.gold, self.safety, safety)
         prompts = [policy.encode(task.messages) for task in self.tasks]
         ids = [reply.ids for reply in sampled]
@@ -80,6 +96,7 @@ class Base:
         return numbers | {
             "win_rate": row["win_rate_vs_sft"],
             "exact_match": row["exact_match"],
+            "made_up": mean_or_none(made_up(*pair) for pair in said),
             "harmful_declined": row["refusal_rate"],
             "harmless_declined": row["false_refusal_rate"],
             "no_end": row["no_end_rate"],
@@ -97,7 +114,7 @@ def bases(out: Path, first: Path, seeds: int) -> list[Base]:
     others = [out / f"base {seed}" for seed in range(1, seeds)]
     for seed, other in enumerate(others, 1):
         run_jobs([Job(other, stage, {"seed": seed}, minutes) for stage, minutes in CHAIN.items()])
-    return [Base(folder) for folder in (first, *others)]
+    return [Base(folder, seed) for seed, folder in enumerate((first, *others))]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.experiments.base import Base
 from data.experiments.bugs import BUGS
-from data.experiments.jobs import Job, run_jobs
+from data.experiments.jobs import run_jobs
 from data.experiments.plots import UNITS, band_panels, grouped, save, write_csv
 from data.run import COLOURS
 
@@ -23,13 +23,11 @@ def broken(out: Path, results: Path, bases: list[Base], quick: bool):
     """Run PPO with every bug and each seed, and draw six columns of its log."""
     runs = []  # (name, seed, job)
     for seed, base in enumerate(bases):
-        common = {"seed": seed, "init": base.out / "sft/ckpt.pt", "eval_every": 1000}
-        common |= {"rm": base.out / "rm/ckpt.pt", "rollouts": 64, "minibatch": 32}
+        common = {"eval_every": 1000, "rollouts": 64, "minibatch": 32}
         common["iterations"] = 20 if quick else 40
         for name in [*OPTIONS, *PLANTED]:
-            options = {**common, **OPTIONS.get(name, {})}
-            job = Job(out / f"{name}, seed {seed}", "ppo", options, 0.6, PLANTED.get(name))
-            runs.append((name, seed, job))
+            options, where = {**common, **OPTIONS.get(name, {})}, out / f"{name}, seed {seed}"
+            runs.append((name, seed, base.job(where, "ppo", 0.6, PLANTED.get(name), **options)))
     run_jobs([job for *_, job in runs])
 
     rows = []

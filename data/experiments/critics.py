@@ -1,9 +1,10 @@
-"""Does RL need a critic, and when does it find out that thinking pays? (`--only critics`)
+"""Does RL need a critic, which KL should it pay for, and when does it find out that thinking pays?
+(`--only critics`)
 
 PPO beside RLOO, GRPO and Dr. GRPO, trained on the reward model with equal numbers of rollouts and
-equal beta. Then PPO and GRPO on long sums alone, where the reward is only whether the last number
-is right: both from the SFT model, and PPO also from one that has seen so few demonstrations that it
-cannot do the single steps.
+equal beta; and RLOO with each estimator of the KL, in the reward and in the loss. Then PPO and GRPO
+on long sums alone, where the reward is only whether the last number is right: both from the SFT
+model, and PPO also from one that has seen so few demonstrations that it cannot do the single steps.
 """
 
 import random
@@ -14,14 +15,14 @@ import numpy as np
 from data.chat import question
 from data.experiments.base import Base, read_cost
 from data.experiments.expected import read_log
-from data.experiments.jobs import Job, run_jobs
+from data.experiments.jobs import run_jobs
 from data.experiments.plots import band_panels, save, write_csv
 from data.run import COLOURS
 from data.talk import Speaker
 from data.town.tasks import KINDS
 from data.town.words import long_sum
 
-BETA = 0.15  # at which the first four of these have about the same KL, 1.6 to 1.8 nats
+BETA = 0.13  # at which the first four of these have about the same KL, 1.7 to 2 nats
 # Methods -> options of PPO.
 METHODS = {
     "ppo": {},
@@ -29,6 +30,11 @@ METHODS = {
     "dr_grpo": {"advantage": "dr_grpo"},
     "grpo": {"advantage": "grpo"},
     "grpo, k3 in the loss": {"advantage": "grpo", "kl": "k3-loss"},
+}
+KLS = {
+    f"rloo, {k} in the {place}": {"advantage": "rloo", "kl": f"{k}-{place}"}
+    for place, estimators in (("reward", ("k2", "k3")), ("loss", ("k1", "k2", "k3")))
+    for k in estimators
 }
 # A reward of 0 or 1 differs less than a reward model's scores do, so beta is smaller.
 ON_SUMS = {"tasks": "chain", "reward": "exact", "beta": 0.05}
@@ -45,19 +51,17 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
     """Train with and without a critic, and on long sums; measure, and draw both."""
     jobs, compared, thinking = [], [], []  # the latter two: (name, seed, folder of the run)
     for seed, base in enumerate(bases):
-        sft = base.out / "sft/ckpt.pt"
-        for name, options in METHODS.items():
-            start = {"seed": seed, "init": sft, "rm": base.out / "rm/ckpt.pt", "beta": BETA}
-            job = Job(out / f"{name}, seed {seed}", "ppo", {**start, **options})
+        for name, options in (METHODS if quick else METHODS | KLS).items():
+            job = base.job(out / f"{name}, seed {seed}", "ppo", beta=BETA, **options)
             jobs.append(job)
             compared.append((name, seed, job.folder))
-        options = {"seed": seed, "init": base.out / "pretrain/ckpt.pt", **WEAK}
-        weak = Job(out / f"weak, seed {seed}", "sft", options, 0.2)
+        where, init = out / f"weak, seed {seed}", base.out / "pretrain/ckpt.pt"
+        weak = base.job(where, "sft", 0.2, init=init, **WEAK)
         jobs.append(weak)
         for name, options in THINKING.items():
-            init = weak.result if name.startswith("weak") else sft
-            start = {"seed": seed, "init": init, **ON_SUMS}
-            job = Job(out / f"thinking, {name}, seed {seed}", "ppo", {**start, **options}, 0.8)
+            start = {"init": weak.result} if name.startswith("weak") else {}
+            where = out / f"thinking, {name}, seed {seed}"
+            job = base.job(where, "ppo", 0.8, **start, **ON_SUMS, **options)
             jobs.append(job)
             thinking.append((name, seed, job.folder))
     run_jobs(jobs)
@@ -65,9 +69,12 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
     rows = []
     for name, seed, run in compared:
         log, cost = read_log(run / "log.csv"), read_cost(run)
-        equal = [row["equal_groups"] for row in log if "equal_groups" in row]
         row = {"method": name, "seed": seed, **bases[seed].measure(run)}
         row |= {"seconds": cost["seconds"], "peak_gb": cost["peak_gb"]}
+        # What the estimators say of the last rollouts, and the KL over the whole vocabulary.
+        for column in ("kl", "kl_k3", "kl_full"):
+            row[f"log_{column}"] = np.mean([some[column] for some in log[-5:]])
+        equal = [some["equal_groups"] for some in log if "equal_groups" in some]
         rows.append(row | ({"equal_groups": np.mean(equal)} if equal else {}))
     write_csv(rows, results / "critics.csv")
 

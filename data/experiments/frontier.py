@@ -1,7 +1,8 @@
-"""PPO, DPO and best-of-n under the best that any policy can do; and what they cost and spoil.
+"""PPO, RLOO, DPO, IPO and best-of-n under the best that any policy can do (`--only frontier`).
 
-From the same runs come frontier.csv and .png (gold against KL), safety.png (requests declined),
-cost.* (what PPO and DPO pay for their gold) and dpo.* (how DPO fails at a small beta).
+From the same runs come frontier.csv and .png (gold against KL), safety.png (requests declined and
+people made up), cost.* (what PPO, RLOO and DPO pay for their gold) and dpo.* (how DPO fails at a
+small beta).
 """
 
 import math
@@ -13,11 +14,20 @@ from tqdm import tqdm
 import train_dpo
 import train_ppo
 from data.experiments.base import Base, Pool, make_pool, read_cost
-from data.experiments.jobs import Job, run_jobs
+from data.experiments.jobs import run_jobs
 from data.experiments.plots import STYLE, UNITS, band_panels, grouped, panels, save, write_csv
 
-# The betas with which the README's commands train.
+# The betas with which the README's commands train; RLOO is compared at PPO's.
 DEFAULT = {"ppo": train_ppo.Config().beta, "dpo": train_dpo.Config().beta}
+DEFAULT["rloo"] = DEFAULT["ppo"]
+# Method -> its script, its options, and the betas of its other runs; the first is that of --quick.
+METHODS = {
+    "ppo": ("ppo", {}, (0.5, 0.1, 1.5)),
+    "rloo": ("ppo", {"advantage": "rloo"}, (DEFAULT["rloo"], 0.1, 0.5)),
+    "dpo": ("dpo", {}, (0.1, 1.0, 3.0)),
+    "ipo": ("dpo", {"loss": "ipo"}, (0.1, 0.03, 0.3)),
+    "dpo + nll": ("dpo", {"nll": 0.2}, (0.1,)),
+}
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 COSTS = ("seconds", "forward_equivalents")
 
@@ -103,30 +113,22 @@ def frontier(out: Path, results: Path, bases: list[Base], quick: bool):
     """Train at several betas, measure, and write all that the runs show."""
     policies, jobs = [], []  # policies: (method, beta, seed, folder of its run)
     for seed, base in enumerate(bases):
-        policies += [(method, beta, seed, base.out / method) for method, beta in DEFAULT.items()]
-        variants = [("ppo", beta) for beta in ((0.5,) if quick else (0.05, 0.5, 1.5))]
-        variants += [("dpo", beta) for beta in ((0.1,) if quick else (0.1, 1.0, 3.0))]
-        for method, beta in [*variants, ("dpo + nll", 0.1), ("ipo", 0.1)]:
-            options = {"seed": seed, "init": base.out / "sft/ckpt.pt", "beta": beta}
-            if method == "ppo":
-                options |= {"rm": base.out / "rm/ckpt.pt", "eval_every": 1000}
-            else:
-                options |= {"data": base.out / "preferences.jsonl"}
-                options |= {"loss": "ipo" if method == "ipo" else "dpo"}
-                options |= {"nll": 0.2 if method == "dpo + nll" else 0.0}
-                options |= {"eval_every": 40 if quick else 20}
-            where = out / f"{method}, beta {beta}, seed {seed}"
-            job = Job(where, "ppo" if method == "ppo" else "dpo", options, 1.1)
-            jobs.append(job)
-            policies.append((method, beta, seed, job.folder))
+        policies.append(("sft", None, seed, base.out / "sft"))
+        policies += [(name, DEFAULT[name], seed, base.out / name) for name in ("ppo", "dpo")]
+        for method, (stage, options, betas) in METHODS.items():
+            for beta in betas[:1] if quick else betas:
+                where = out / f"{method}, beta {beta}, seed {seed}"
+                often = {"eval_every": 20 if stage == "dpo" else 1000}  # for the curves of DPO
+                job = base.job(where, stage, beta=beta, **often, **options)
+                jobs.append(job)
+                policies.append((method, beta, seed, job.folder))
     run_jobs(jobs)
 
     rows = []
-    for seed, base in enumerate(bases):
-        rows.append({"method": "sft", "seed": seed, **base.measure(base.out / "sft")})
     for method, beta, seed, run in tqdm(policies, "measuring"):
-        numbers = bases[seed].measure(run)
-        rows.append({"method": method, "setting": beta, "seed": seed, **numbers})
+        row = {"method": method, "setting": beta, "seed": seed}
+        rows.append({**row, **bases[seed].measure(run)})
+    measured = list(zip(rows, [run for *_, run in policies]))
     for seed, base in enumerate(bases):
         pool = make_pool(base, 64 if quick else 128)
         for row in exact_frontier(pool.gold, np.geomspace(0.1, 10, 25)):
@@ -143,7 +145,7 @@ def frontier(out: Path, results: Path, bases: list[Base], quick: bool):
     print(f"above the exact frontier: {', '.join(above_frontier(rows)) or 'no policy'}")
     draw_frontier(rows, results / "frontier.png")
     draw_safety(rows, results / "safety.png")
-    cost(results, bases, rows)
+    cost(results, bases, measured)
     dpo_failures(results, bases, policies)
 
 
@@ -158,7 +160,7 @@ def above_frontier(rows: list[dict]) -> list[str]:
         kl, gold = zip(*sorted((row["kl"], row["gold"]) for row in points))
         for row in of_seed:
             if "gold_low" in row and row["gold_low"] > np.interp(row["kl_high"], kl, gold):
-                found.append(f"{row['method']} {row.get('setting', '')} of seed {seed}")
+                found.append(f"{row['method']} {row['setting'] or ''} of seed {seed}")
     return found
 
 
@@ -206,13 +208,15 @@ def draw_frontier(rows: list[dict], path: Path):
 
 
 def draw_safety(rows: list[dict], path: Path):
-    """What each method does to safety, beta by beta: harmful and harmless requests declined."""
+    """What each method does to safety and honesty, beta by beta."""
     methods = grouped(rows, "method")
     lines = [(name, methods[name], style) for name, style in STYLE.items() if name in methods]
-    columns = ("harmful_declined", "harmless_declined")
-    units = {name: f"fraction of {name.split('_')[0]} requests declined" for name in columns}
+    units = {
+        "harmful_declined": "harmful requests declined, fraction",
+        "made_up": "made up about strangers, fraction",
+    }
     figure, axes = band_panels(lines, "setting", units, "beta", columns=2)
-    for axis, column in zip(axes, columns):
+    for axis, column in zip(axes, units):
         sft = np.mean([row[column] for row in methods["sft"]])
         axis.axhline(sft, color="black", ls="--", lw=1, label="sft")
         axis.set_xscale("log")
@@ -223,29 +227,27 @@ def draw_safety(rows: list[dict], path: Path):
 # More from the same runs
 
 
-def cost(results: Path, bases: list[Base], rows: list[dict]):
-    """PPO against DPO at their default beta: the gold that a second or a forward pass buys.
+def cost(results: Path, bases: list[Base], measured: list[tuple[dict, Path]]):
+    """PPO and RLOO against DPO at their default betas: the gold that a forward pass buys.
 
-    Both begin with the same SFT model and the same preferences, which are not counted. PPO needs a
-    reward model, which is. (Preferences used to be sampled inside the reward model's run. So the
-    seconds of the reward model in results/cost.csv contain the sampling, and those of new runs do
-    not; forward passes never did.)
+    All begin with the same SFT model and the same preferences, which are not counted. PPO and RLOO
+    need a reward model, which is. Seconds mean something only if the runs had the machine alone.
     """
     table, curves = [], []
-    for row in rows:
+    for row, run in measured:
         method, seed = row["method"], row["seed"]
         if method not in DEFAULT or row["setting"] != DEFAULT[method]:
             continue
-        run = bases[seed].out / method
         paid, before = read_cost(run), dict.fromkeys(COSTS, 0)
-        if method == "ppo":
+        if method != "dpo":
             before = read_cost(bases[seed].out / "rm")
         line = {name: row[name] for name in "method seed gold kl win_rate no_end tokens".split()}
         for unit in COSTS:
             line[unit] = paid[unit]
             line[f"{unit} with reward model"] = paid[unit] + before[unit]
         line["peak_gb"] = paid["peak_gb"]
-        line["models"] = 4 if method == "ppo" else 2  # policy, reference; reward model, critic
+        # Policy and reference, RLOO's reward model, PPO's critic.
+        line["models"] = {"dpo": 2, "rloo": 3, "ppo": 4}[method]
         table.append(line)
         curve = bases[seed].curve(run, "step", "gold")  # it ends with the last step
         for point in curve:
@@ -261,11 +263,11 @@ def draw_cost(curves: list[dict], path: Path):
     """Gold along training against seconds and forward passes, a line per seed."""
     figure, axes = panels(2, 2, sharey=True)
     units = {"seconds": 1, "millions of forward passes of a token": 1e6}
-    labels = {"ppo": "ppo, after its reward model; a line per seed", "dpo": "dpo"}
+    labels = {"ppo": "ppo, after its reward model; a line per seed", "rloo": "rloo, likewise"}
     for axis, unit, (name, scale) in zip(axes, COSTS, units.items()):
         for (method, seed), some in grouped(curves, "method", "seed").items():
             x, y = [row[unit] / scale for row in some], [row["gold"] for row in some]
-            label = None if seed else labels[method]
+            label = None if seed else labels.get(method, method)
             axis.plot(x, y, **STYLE[method], ms=3, lw=1, label=label)
         axis.set(xlabel=name)
         axis.set_xlim(left=0)

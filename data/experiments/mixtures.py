@@ -14,7 +14,7 @@ import numpy as np
 from data.chat import encode_chat
 from data.evaluate import WITH_CELLS
 from data.experiments.base import Base, answers
-from data.experiments.jobs import Job, run_jobs
+from data.experiments.jobs import run_jobs
 from data.experiments.plots import band_panels, grouped, save, write_csv
 from data.run import COLOURS
 from data.talk import Speaker
@@ -47,11 +47,11 @@ def mixtures(out: Path, results: Path, bases: list[Base], quick: bool):
         for kinds in MIXTURES:
             some = demonstrations(400, "length", ",".join(kinds))  # to estimate tokens per task
             ids = [encode_chat(base.sft.tokenizer, row["messages"])[0] for row in some]
-            options = {"seed": seed, "init": base.out / "pretrain/ckpt.pt", "eval_every": 5000}
-            options |= {"tasks": ",".join(kinds), "epochs": 1}
+            options = {"init": base.out / "pretrain/ckpt.pt", "eval_every": 5000, "epochs": 1}
             options["demonstrations"] = round(budget * 400 / sum(len(row) for row in ids))
             where = out / f"sft on {len(kinds)} kinds, seed {seed}"
-            runs.append((len(kinds), seed, Job(where, "sft", options, budget / 8e5)))
+            job = base.job(where, "sft", budget / 8e5, tasks=",".join(kinds), **options)
+            runs.append((len(kinds), seed, job))
     run_jobs([job for *_, job in runs])
 
     rows = []

@@ -1,99 +1,163 @@
 """Over-optimisation: without a KL penalty, the reward model's score keeps rising and gold peaks.
 
-Reward models of 250, 1,000 and 4,000 pairs with 35 % of the labels flipped, of clean labels, and
-with one layer, all trained for equally many steps. PPO, DPO and best-of-n are pushed far against
-each. And a cure: the annotators are asked again, about what PPO says after its optimum.
+PPO and best-of-n are pushed far against a poor reward model and a good one, against those of
+annotators who like what they should not, and against three cures: the lowest score of three
+reward models (Coste et al. 2024), which differ by the seed of their training or by that of
+pretraining, too (Eisenstein et al. 2023), and annotators who are asked again, about what PPO says
+after its optimum. All reward models see 8,000 pairs, however many there are.
 
 The curves of Gao et al. 2023 are fitted to gold, against d = sqrt(KL):
 
-    best of n         d (alpha - beta d)
-    PPO, and DPO      d (alpha - beta log d)
+    best of n    d (alpha - beta d)
+    PPO          d (alpha - beta log d)
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from data.chat import Reply, encode_prompt, encode_reply
 from data.experiments.base import Base, answers, make_pool
+from data.experiments.bugs import Bug
 from data.experiments.frontier import BEST_OF, best_of_all
 from data.experiments.jobs import Job, run_jobs
-from data.experiments.plots import STYLE, grouped, panels, save, write_csv
-from data.files import held_out, read_preferences, write_rows
+from data.experiments.pairs import flipped, some_pairs
+from data.experiments.plots import STYLE, UNITS, band_panels, grouped, panels, save, write_csv
+from data.files import read_preferences, write_rows
 from data.preferences import annotate
+from data.run import COLOURS
 from data.talk import Speaker
-from data.town.gold import TAU
+from data.tokenizer import load_tokenizer
+from data.town.gold import TAU, preference, split_reply
 from data.town.tasks import draw_tasks
+from gpt import ScalarModel, load_model
+from train_rm import score_sequences
 
-JUDGES = {  # name: (pairs, fraction of labels flipped, layers; 0: as many as SFT has)
-    "250 pairs, 35 % flipped": (250, 0.35, 0),
-    "1,000 pairs, 35 % flipped": (1000, 0.35, 0),
-    "4,000 pairs, 35 % flipped": (4000, 0.35, 0),
-    "4,000 pairs, 1 layer": (4000, 0.0, 1),
-    "4,000 pairs": (4000, 0.0, 0),
-    "4,000 pairs, 400 about PPO's responses": (4000, 0.0, 0),
+POOR, GOOD = "250 pairs, 35 % flipped", "4,000 pairs"
+
+
+def liking(worth) -> Callable[[dict], float]:
+    """Annotators to whom something else is worth so much, in SD of gold: worth(text)."""
+    return lambda row: preference(
+        *(gold + worth(row[side]) for gold, side in zip(row["gold"], ("chosen", "rejected")))
+    )
+
+
+def length_alone(row: dict) -> float:
+    """Annotators who always prefer the longer response."""
+    more = len(row["chosen"].split()) - len(row["rejected"].split())
+    return (1 + np.sign(more)) / 2
+
+
+# Each says how likely it is that they, too, prefer the chosen response (see `some_pairs`).
+TASTES = {
+    "a liking for length": liking(lambda text: 0.2 * len(text.split())),
+    "a liking for courtesy": liking(lambda text: 1.5 * split_reply(text)[1]),
+    "length alone": length_alone,
 }
-*WEAK, GOOD, CURE = JUDGES
+ASKED_AGAIN = "400 pairs about PPO's responses"
+WORST = {"worst of 3": False, "worst of 3 pretrained apart": True}  # name: other pretraining, too
 
 
 def overoptimisation(out: Path, results: Path, bases: list[Base], quick: bool):
-    """Train and push every judge, then the cure, and write where gold peaks."""
-    runs = {}  # (judge, seed) -> jobs: reward model, PPO, DPO
-    for judges in ([*(WEAK[:1] if quick else WEAK), GOOD], [CURE]):
-        for seed, base in enumerate(bases):
-            pairs = read_preferences(base.out / "preferences.jsonl")
-            for judge in judges:
-                count, flip, _ = JUDGES[judge]
-                some = some_pairs(pairs, count, flip, seed)
-                if judge == CURE:  # it needs a policy of the first round
-                    new = ask_again(base, runs[GOOD, seed][1], 400, seed)
-                    some[: len(new)] = new
-                runs[judge, seed] = without_penalty(out, judge, base, seed, some, quick)
-        run_jobs([job for (judge, _), jobs in runs.items() if judge in judges for job in jobs])
+    """Push PPO against every judge without a KL penalty, and write where gold peaks."""
+    runs = {}  # (judge, seed) -> (reward model, run of PPO)
+    jobs = []
+
+    def push(judge: str, base: Base, rm: Path, bug: Bug | None = None):
+        options = {"rm": rm, "rollouts": 64, "minibatch": 32, "beta": 0.0, "eval_every": 1000}
+        options["iterations"] = 30 if quick else 60
+        where = out / f"{judge}, seed {base.seed}"
+        jobs.append(base.job(where, "ppo", bug=bug, **options))
+        runs[judge, base.seed] = rm, jobs[-1]
+
+    def train_judge(judge: str, base: Base, rows: list[dict], **options) -> Path:
+        where = out / f"{judge}, seed {base.seed}"
+        write_rows(rows, where / "pairs.jsonl")
+        some = {"epochs": round(8000 / 0.9 / len(rows)), "batch_size": 32, "eval_every": 1000}
+        jobs.append(base.job(where, "rm", 0.6, data=where / "pairs.jsonl", **some, **options))
+        return jobs[-1].result
+
+    for base in bases:
+        rows = read_preferences(base.out / "preferences.jsonl")
+        poor = some_pairs(rows, 250, base.seed, flipped(0.35))
+        good = some_pairs(rows, 4000, base.seed, flipped(0.0))
+        push(POOR, base, train_judge(POOR, base, poor))
+        push(GOOD, base, first := train_judge(GOOD, base, good))
+        for judge, agrees in TASTES.items():
+            liked = some_pairs(rows, 4000, base.seed, agrees)
+            push(judge, base, train_judge(judge, base, liked))
+        for judge, apart in WORST.items():
+            if apart and len(bases) < 3:
+                continue
+            members = [first]
+            for i in (1, 2):
+                other = bases[(base.seed + i) % len(bases)] if apart else base
+                options = {"init": other.out / "sft/ckpt.pt", "seed": base.seed + 10 * i}
+                members.append(train_judge(f"{judge}, member {i}", base, good, **options))
+            push(judge, base, first, worst_of(members))
+    run_jobs(jobs)
+
+    jobs.clear()
+    for base in bases:
+        rows = read_preferences(base.out / "preferences.jsonl")
+        rows = some_pairs(rows, 4000, base.seed, flipped(0.0))
+        new = ask_again(base, runs[GOOD, base.seed][1], 400, base.seed)
+        push(ASKED_AGAIN, base, train_judge(ASKED_AGAIN, base, new + rows[len(new) :]))
+    run_jobs(jobs)
 
     rows, pools = [], [make_pool(base, 64 if quick else 128) for base in bases]
-    for (judge, seed), (rm, *jobs) in runs.items():
-        for job in jobs:
-            columns = ("kl", "gold", "proxy") if job.stage == "ppo" else ("kl", "gold")
-            for numbers in bases[seed].curve(job.folder, *columns):
-                rows.append({"judge": judge, "seed": seed, "method": job.stage, **numbers})
-        for row in best_of_all(pools[seed], pools[seed].scores(rm.result), BEST_OF):
-            del row["n"]
-            rows.append({"judge": judge, "seed": seed, "method": "best of n", **row})
+    for (judge, seed), (rm, job) in runs.items():
+        row = {"judge": judge, "seed": seed}
+        for numbers in bases[seed].curve(job.folder, "kl", "gold", "proxy", "length"):
+            rows.append({**row, "method": "ppo", **numbers})
+        if judge not in WORST:
+            for numbers in best_of_all(pools[seed], pools[seed].scores(rm), BEST_OF):
+                rows.append({**row, "method": "best of n", **numbers})
     write_csv(rows, results / "overoptimisation.csv")
     write_csv(peaks(rows), results / "peaks.csv")
-    draw_overoptimisation(rows, results / "overoptimisation.png")
-    two = [row for row in rows if row["judge"] in ("250 pairs, 35 % flipped", "4,000 pairs")]
-    draw_overoptimisation(two, results / "overoptimisation_two.png")
+    two = [row for row in rows if row["judge"] in (POOR, GOOD)]
+    draw_overoptimisation(two, results / "overoptimisation.png")
+    ppo = [row for row in rows if row["method"] == "ppo"]
+    draw_judges(ppo, [GOOD, *TASTES], results / "causes.png")
+    cures = [judge for judge in (*WORST, ASKED_AGAIN) if judge in grouped(rows, "judge")]
+    draw_judges(ppo, [GOOD, *cures], results / "cures.png")
 
 
-def without_penalty(out: Path, judge: str, base: Base, seed, pairs, quick) -> list[Job]:
-    """A reward model of these pairs, PPO against it without a KL penalty, DPO with a small one.
+def worst_of(reward_models: list[Path]) -> Bug:
+    """Not a bug, but planted like one: PPO's score is the lowest that these reward models give."""
+    names = [str(path) for path in reward_models]
+    return Bug(
+        "train_ppo.py",
+        "rewards = score_sequences(reward_model, sequences, tokenizer.pad)",
+        "from data.experiments.overoptimisation import lowest_score\n\n"
+        f"        rewards = lowest_score({names}, pairs)",
+        "",
+        "",
+        "",
+    )
 
-    However many they are, reward models see 8,000 pairs and DPO 4,000, some of them many times.
-    """
-    where, (count, _, layers) = out / f"{judge}, seed {seed}", JUDGES[judge]
-    write_rows(pairs, where / "preferences.jsonl")
-    common = {"seed": seed, "init": base.out / "sft/ckpt.pt", "eval_every": 1000}
-    rm = {**common, "epochs": 8000 // count, "batch_size": 32, "n_layer": layers}
-    ppo = {**common, "rollouts": 64, "minibatch": 32, "beta": 0.0}
-    ppo["iterations"] = 30 if quick else 60
-    dpo = {**common, "epochs": 4000 // count, "batch_size": 32, "beta": 0.05, "eval_every": 10}
-    return [Job(where, "rm", rm, 0.6), Job(where, "ppo", ppo, 1.1), Job(where, "dpo", dpo, 0.6)]
+
+@lru_cache
+def load_judge(path: str) -> tuple:
+    """A reward model on the CPU, and its own tokenizer: another pretraining has other tokens."""
+    model, saved = load_model(path, torch.device("cpu"), ScalarModel)
+    return model, load_tokenizer(saved["tokenizer"])
 
 
-def some_pairs(pairs: list[dict], count: int, flip: float, seed: int) -> list[dict]:
-    """`count` of the training pairs, some with chosen and rejected exchanged, and a ninth to test.
-
-    The flipped ones are drawn here, so that the noise is the only thing that differs.
-    """
-    train, test = held_out(pairs)
-    rng, rows = np.random.default_rng(seed), []
-    for row in train[:count]:
-        if rng.random() < flip:
-            row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-            row["gold"], row["p"] = row["gold"][::-1], 1 - row["p"]
-        rows.append(row)
-    return rows + test[: max(count // 9, 1)]
+def lowest_score(paths: list[str], pairs: list[tuple[dict, Reply]]) -> np.ndarray:
+    """The lowest score that any of these reward models gives to each (row, reply): (B,)."""
+    scores = []
+    for model, tokenizer in map(load_judge, paths):
+        sequences = [
+            encode_prompt(tokenizer, row["messages"]) + encode_reply(tokenizer, reply.text)
+            for row, reply in pairs
+        ]
+        scores.append(score_sequences(model, sequences, tokenizer.pad))
+    return np.min(scores, axis=0)
 
 
 def ask_again(base: Base, job: Job, count: int, seed: int) -> list[dict]:
@@ -108,23 +172,29 @@ def ask_again(base: Base, job: Job, count: int, seed: int) -> list[dict]:
 # Where is gold highest? By the points, and by a curve that rests on the whole run.
 
 
+def smoothed(run: list[dict], *columns: str, width: int = 5) -> list[dict]:
+    """Means of these columns over so many neighbouring rows: 64 rollouts alone are noisy."""
+    window = np.ones(width) / width
+    means = [np.convolve([row[name] for row in run], window, "valid") for name in columns]
+    return [dict(zip(columns, map(float, values))) for values in zip(*means)]
+
+
 def peaks(rows: list[dict]) -> list[dict]:
     """Per judge, seed and method: where gold is highest, where it ends, and the fit.
 
-    PPO and DPO are noisy, so both are means over five neighbouring points of the run. Every run
-    begins at SFT itself, whose KL, gold and proxy are 0 by definition.
+    PPO's numbers are `smoothed`. Every run begins at SFT itself, whose KL, gold and proxy are 0 by
+    definition.
     """
-    table = []
+    table, columns = [], ("kl", "gold", "proxy")
     for (judge, seed, method), run in grouped(rows, "judge", "seed", "method").items():
         line = {"judge": judge, "seed": seed, "method": method}
-        width = 1 if method == "best of n" else 5
-        smooth = {}
-        for name in ("kl", "gold") if method == "dpo" else ("kl", "gold", "proxy"):
-            means = np.convolve([row[name] for row in run], np.ones(width) / width, "valid")
-            smooth[name] = np.append(0.0, means)
-        top = smooth["gold"].argmax()
-        for name, values in smooth.items():
-            line |= {f"peak_{name}": values[top], f"last_{name}": values[-1]}
+        points = [dict.fromkeys(columns, 0.0)]
+        points += smoothed(run, *columns, width=1 if method == "best of n" else 5)
+        peak = max(points, key=lambda point: point["gold"])
+        for name in columns:
+            line |= {f"peak_{name}": peak[name], f"last_{name}": points[-1][name]}
+        if method == "ppo":
+            line["last_length"] = smoothed(run, "length")[-1]["length"]
         d, gold = distance(run), np.array([row["gold"] for row in run])
         alpha, beta, r2 = fit(method, d, gold)
         fit_peak_kl = top_of_fit(method, alpha, beta, d.max()) ** 2
@@ -160,30 +230,45 @@ def top_of_fit(method: str, alpha: float, beta: float, end: float) -> float:
 
 
 def draw_overoptimisation(rows: list[dict], path: Path):
-    """One panel per reward model: proxy (hollow), gold (filled), its fit, and the top of that."""
+    """A panel per judge: proxy (dashed) and gold (solid) with the range of the seeds, and the fit.
+
+    The seeds' points of one iteration, or of one n, stand together at the mean of their distances.
+    """
     judges = grouped(rows, "judge")
-    columns = min(len(judges), 3)
-    figure, axes = panels(len(judges), columns, sharex=True, sharey=True)
+    figure, axes = panels(len(judges), 2, sharex=True, sharey=True)
     for axis, (judge, of_judge) in zip(axes, judges.items()):
-        quality = []
-        for method, run in grouped(of_judge, "method").items():
-            d, gold = distance(run), np.array([row["gold"] for row in run])
-            points = {**STYLE[method], "ls": "", "ms": 3}
-            axis.plot(d, gold, **points, label=f"{method}: gold")
-            if method == "dpo":  # it has no proxy, and too few points for a fit
-                continue
-            proxy = [row["proxy"] for row in run]
-            axis.plot(d, proxy, **points, mfc="none", label=f"{method}: proxy")
+        for method, some in grouped(of_judge, "method").items():
+            style = {"color": STYLE[method]["color"], "lw": 1.5}
+            runs = [
+                smoothed(run, "kl", "gold", "proxy", width=1 if method == "best of n" else 5)
+                for run in grouped(some, "seed").values()
+            ]
+            x = np.mean([distance(run) for run in runs], axis=0)
+            for column, dashes in (("gold", "-"), ("proxy", "--")):
+                y = np.array([[row[column] for row in run] for run in runs])
+                axis.plot(x, y.mean(0), ls=dashes, label=f"{method}: {column}", **style)
+                axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, lw=0)
+            d, gold = distance(some), np.array([row["gold"] for row in some])
             alpha, beta, r2 = fit(method, d, gold)
-            quality.append(f"{r2:.2f} ({method})")
-            x, colour = np.linspace(0, d.max(), 100), STYLE[method]["color"]
-            y = fitted(method, alpha, beta, x)
-            axis.plot(x, y, color=colour, lw=1, label=f"{method}: fit of gold")
-            top = top_of_fit(method, alpha, beta, d.max())
-            axis.axvline(top, color=colour, lw=1, ls=":", label=f"{method}: top of the fit")
-        axis.set_title(f"{judge}\nR² of the fits: {', '.join(quality)}", fontsize=10)
+            grid = np.linspace(0, d.max(), 100)
+            label = f"{method}: Gao's curve"
+            axis.plot(grid, fitted(method, alpha, beta, grid), ls=":", label=label, **style)
+        axis.set_title(f"a reward model of {judge}", fontsize=10)
         axis.set_xlabel("square root of the KL from SFT (nats)")
-        axis.tick_params(labelbottom=True)
-    for axis in axes[::columns]:
-        axis.set_ylabel("SD of SFT samples")
-    save(figure, path)
+    axes[0].set_ylabel("SD of SFT samples")
+    save(figure, path, columns=3)
+
+
+def draw_judges(rows: list[dict], judges: list[str], path: Path):
+    """What PPO makes of some judges, iteration by iteration: gold, their own score, and length."""
+    units = {name: UNITS[name] for name in ("gold", "proxy", "length")}
+    lines = []
+    for judge, colour, dashes in zip(judges, ["#000000", *COLOURS], ["-", "--", "-.", ":", "-"]):
+        points = [
+            {"iteration": i + 3, **row}  # the middle of five, from 1
+            for run in grouped([row for row in rows if row["judge"] == judge], "seed").values()
+            for i, row in enumerate(smoothed(run, *units))
+        ]
+        lines.append((judge, points, {"color": colour, "ls": dashes}))
+    figure, _ = band_panels(lines, "iteration", units, "iteration of PPO, without a penalty")
+    save(figure, path, columns=3)

@@ -15,6 +15,7 @@ from data.run import COLOURS
 STYLE = {
     "best of n": {"color": COLOURS[0], "marker": "^"},
     "ppo": {"color": COLOURS[1], "marker": "o"},
+    "rloo": {"color": COLOURS[5], "marker": "P"},
     "dpo": {"color": COLOURS[2], "marker": "s"},
     "ipo": {"color": COLOURS[3], "marker": "D"},
     "dpo + nll": {"color": COLOURS[4], "marker": "v"},
