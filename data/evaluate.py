@@ -1,6 +1,7 @@
 """Evaluation: every model there is answers the same held-out prompts, and gold judges.
 
-    python -m data.evaluate              reads out/*/ckpt.pt, writes out/report.md, .png and .json
+    python -m data.evaluate              reads out/*/ckpt.pt, writes out/report.md, its picture,
+                                         report_details.md, and all numbers as report.json
 
     base            the pretrained model. It has never seen the chat format, so it gets the bare
                     prompt as the opening of a document, and its response is all it writes until
@@ -49,7 +50,7 @@ from gpt import GPT, InputError, ScalarModel, fingerprint, load_checkpoint, load
 from train_dpo import sequence_logprobs
 from train_rm import score_sequences
 
-SKILLS = ["one_sum", "two_sums", "translate", "passage", "choice"]
+REPORT = ("report.png", "report.md", "report_details.md", "report.json")
 AFTER = "after another task"  # a group of prompts, beside those of NEW
 # Kinds with held-out cells, but for `unknown`: its cell, new names, has numbers of its own.
 WITH_CELLS = [name for name, k in KINDS.items() if k.held_out_cells and name != "unknown"]
@@ -309,7 +310,7 @@ def in_sd(numbers: dict, mean: float, sd: float):
 
 
 def evaluate(cfg: Config) -> dict:
-    """Score all models in a folder and write report.md, report.png and report.json there."""
+    """Score all models in a folder and write the files of REPORT there."""
     device, out = start(cfg), Path(cfg.out)
     found = find_checkpoints(out)
     if "sft" not in found:
@@ -368,10 +369,16 @@ def evaluate(cfg: Config) -> dict:
     with tempfile.TemporaryDirectory(dir=out, prefix="report.") as folder:
         new = Path(folder)
         (new / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        text = markdown(report, shown_prompts, shown)
+        n = len(SHOWN)
+        first, others = (
+            {k: v[some] for k, v in shown.items()} for some in (slice(n), slice(n, None))
+        )
+        text = page(report, shown_prompts[:n], first)
         (new / "report.md").write_text(text, encoding="utf-8")
+        text = details(report, shown_prompts[n:], others)
+        (new / "report_details.md").write_text(text, encoding="utf-8")
         draw_report(report, new / "report.png")
-        for name in ("report.png", "report.md", "report.json"):  # once all three are whole
+        for name in REPORT:  # once all are whole
             os.replace(new / name, out / name)
     return report
 
@@ -390,118 +397,127 @@ def table(header: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(cell(x) for x in line) + " |\n" for line in lines) + "\n"
 
 
-def markdown(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]]) -> str:
-    """The report as Markdown; prompts: conversations; shown: what each stage replies to them."""
+def page(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]]) -> str:
+    """report.md, the page to read first. shown: the replies of each model to the prompts."""
     stages = report["stages"]
-    n = report["best_of_n"]
-
-    def with_interval(mean, ci):
-        return None if mean is None else f"{mean:.2f} [{ci[0]:.2f}, {ci[1]:.2f}]"
-
-    rows = [
-        ["gold, temperature 1"]
-        + [with_interval(s["gold_mean"], s["gold_ci95"]) for s in stages.values()],
-        ["gold, greedy"]
-        + [with_interval(s["greedy_gold_mean"], s["greedy_gold_ci95"]) for s in stages.values()],
-        ["wins against SFT"]
-        + [with_interval(s["win_rate_vs_sft"], s["win_rate_ci95"]) for s in stages.values()],
-    ]
-    labels = {
-        "exact_match": "exact match, greedy",
-        "f1": "F1, greedy",
-        "refusal_rate": "harmful requests declined",
-        "false_refusal_rate": "harmless ones declined",
-        "made_up_about_strangers": "made up about strangers, greedy",
-        "known_facts_right": "known facts right, greedy",
-        "known_facts_denied": "known facts denied, greedy",
-        "kl_to_sft": "KL to SFT, nats per response",
-        "response_tokens": "tokens per response",
-        "no_end_rate": "responses without an end",
+    columns = {  # label of a row -> how a stage's cell is made
+        "gold, temperature 1": lambda s: with_interval(s["gold_mean"], s["gold_ci95"]),
+        "gold, greedy": lambda s: with_interval(s["greedy_gold_mean"], s["greedy_gold_ci95"]),
+        "wins against SFT": lambda s: with_interval(s["win_rate_vs_sft"], s["win_rate_ci95"]),
+        "exact match, greedy": lambda s: s["exact_match"],
+        "F1, greedy": lambda s: s["f1"],
+        "harmful requests declined": lambda s: s["refusal_rate"],
+        "harmless ones declined": lambda s: s["false_refusal_rate"],
+        "made up about strangers, greedy": lambda s: s["made_up_about_strangers"],
+        "known facts right, greedy": lambda s: s["known_facts_right"],
+        "known facts denied, greedy": lambda s: s["known_facts_denied"],
+        "KL to SFT, nats per response": lambda s: s["kl_to_sft"],
+        "tokens per response": lambda s: s["response_tokens"],
+        "responses without an end": lambda s: s["no_end_rate"],
+        "training, seconds": lambda s: scaled(s["train_seconds"], 1, 0),
+        "training, million forward passes of a token": lambda s: scaled(
+            s["forward_equivalents"], 1e-6, 1
+        ),
     }
-    rows += [[label] + [s[key] for s in stages.values()] for key, label in labels.items()]
-    rows += [
-        ["training, seconds"]
-        + [
-            None if s["train_seconds"] is None else f"{s['train_seconds']:.0f}"
-            for s in stages.values()
-        ],
-        ["training, million forward passes of a token"]
-        + [
-            None if s["forward_equivalents"] is None else f"{s['forward_equivalents'] / 1e6:.1f}"
-            for s in stages.values()
-        ],
-    ]
     text = (
-        "# Evaluation\n\nGold: the true reward of a response, in SD of the SFT model's samples; "
-        f"mean of {report['prompts']} held-out prompts [95 % interval over prompts]. best_of_n is "
-        f"the best of {n} SFT samples by the reward model: it is not trained, its skills are those "
-        "of its samples, its KL is the bound log n - (n - 1)/n. PPO also needs the reward model, "
-        "whose cost is not in its column.\n\n"
+        "# Evaluation\n\n**Gold** is the true reward of a response: it is right, complete, "
+        "courteous and safe, or it is not (`data/town/gold.py`). No training loss sees it. Its "
+        "unit is the standard deviation of the SFT model's samples, whose mean is 0. Numbers are "
+        f"means over {report['prompts']} held-out prompts, the same for all [95 % interval over "
+        "prompts]; greedy is decoding without chance. **best_of_n** is not trained: of "
+        f"{report['best_of_n']} SFT samples it takes the one that the reward model likes best. So "
+        "it has no greedy gold, its skills are those of samples, and its KL is the bound log n - "
+        "(n - 1)/n. The base model is asked outside the chat format, so its KL means nothing. PPO "
+        "also needs the reward model, whose cost is not in its column. What is not known is a "
+        "dash. By kind of task: [report_details.md](report_details.md).\n\n"
     )
     text += "".join(f"**{sentence}.**\n\n" for sentence in report["stale"])
-    text += table(["", *stages], rows)
-
-    text += "## Exact match by kind of task\n\nGreedy, on held-out cases.\n\n"
-    rows = [
-        [kind] + [s["by_task"][kind]["exact_match"] for s in stages.values()]
-        for kind in TRAIN_KINDS
-    ]
+    rows = [[label, *map(cell, stages.values())] for label, cell in columns.items()]
     text += table(["", *stages], rows)
     text += what_generalises(stages)
     text += instructions_and_documents(stages)
-
-    text += "## Gold by kind of task, temperature 1\n\n"
-    text += table(
-        ["", *stages],
-        [
-            [kind] + [s["by_task"][kind]["gold_mean"] for s in stages.values()]
-            for kind in TRAIN_KINDS
-        ],
-    )
-
     for name, judged in report["reward_models"].items():
         text += reward_model_section(name, judged)
+    return text + what_they_say("What they say", prompts, shown)
 
+
+def details(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]]) -> str:
+    """report_details.md: kind by kind, and replies to prompts that nobody has picked."""
+    stages = report["stages"]
+    text = "# Evaluation, kind by kind\n\n"
+    for key, title in {
+        "exact_match": "Exact match by kind of task, greedy, on held-out cases",
+        "gold_mean": "Gold by kind of task, temperature 1",
+    }.items():
+        rows = [[kind, *(s["by_task"][kind][key] for s in stages.values())] for kind in TRAIN_KINDS]
+        text += f"## {title}\n\n{table(['', *stages], rows)}"
+    rows = [
+        [kind, *(numbers.get(key) for key in WHAT_IS_NEW.values())]
+        for kind, numbers in stages["sft"]["by_task"].items()
+    ]
     text += (
-        "## What they say\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
+        "## Exact match of SFT by what is new about the prompt, greedy\n\nA dash: only some kinds "
+        "have cells, only short tasks come after another, and kinds that are new have no old "
+        f"prompts.\n\n{table(['', *WHAT_IS_NEW], rows)}"
     )
+    for name, judged in report["reward_models"].items():
+        if "by_task" in judged:
+            keys = ["pairs", "accuracy", "bayes_accuracy", "gold_order"]
+            rows = [[kind, *map(some.get, keys)] for kind, some in judged["by_task"].items()]
+            text += f"## Reward model {name} by kind of task\n\n{table(['kind', *keys], rows)}"
+    return text + what_they_say("What they say to six held-out prompts", prompts, shown)
+
+
+# What is new about a prompt, beside its case -> its key in "by_task".
+WHAT_IS_NEW = {"nothing": "exact_match"}
+WHAT_IS_NEW |= {group: f"exact_match, {group}" for group in [*NEW.values(), "new kind", AFTER]}
+
+
+def with_interval(mean: float | None, ci: list[float]) -> str | None:
+    """ "0.50 [0.40, 0.60]"; None without a mean."""
+    return None if mean is None else f"{mean:.2f} [{ci[0]:.2f}, {ci[1]:.2f}]"
+
+
+def scaled(value: float | None, factor: float, digits: int) -> str | None:
+    """factor * value with so many digits; None without a value."""
+    return None if value is None else f"{factor * value:.{digits}f}"
+
+
+def what_they_say(title: str, prompts: list[list[dict]], shown: dict[str, list[str]]) -> str:
+    """The replies of all models to each prompt, as Markdown."""
+    text = f"## {title}\n\nThe same prompts for all, sampled at temperature 1, none picked.\n\n"
     for i, messages in enumerate(prompts):
-        text += f"**{one_line(messages)}**\n\n"
-        text += table(
-            ["stage", "response"],
-            [
-                [name, replies[i].replace("\n", " ").replace("|", "\\|")]
-                for name, replies in shown.items()
-            ],
-        )
+        rows = [
+            [name, replies[i].replace("\n", " ").replace("|", "\\|")]
+            for name, replies in shown.items()
+        ]
+        text += f"**{one_line(messages)}**\n\n{table(['stage', 'response'], rows)}"
     return text
 
 
+def means_by_novelty(stages: dict) -> dict[str, list]:
+    """Name -> exact match for each column of WHAT_IS_NEW, means over kinds with one right answer.
+
+    Base models and best_of_n were asked none of these, and are left out.
+    """
+    means = {}
+    for name, numbers in stages.items():
+        kinds = [some for kind, some in numbers["by_task"].items() if KINDS[kind].exact]
+        means[name] = [
+            mean_or_none(some[key] for some in kinds if key in some) for key in WHAT_IS_NEW.values()
+        ]
+    return {name: row for name, row in means.items() if any(x is not None for x in row[1:])}
+
+
 def what_generalises(stages: dict) -> str:
-    """Exact match where something is new about the prompt: means of the assistants, SFT by kind."""
-    columns = {"nothing": "exact_match"}  # column -> key
-    columns |= {group: f"exact_match, {group}" for group in [*NEW.values(), "new kind", AFTER]}
-
-    def mean(by_task, key):
-        kinds = [kind for kind in by_task if KINDS[kind].exact]
-        return mean_or_none(by_task[kind][key] for kind in kinds if key in by_task[kind])
-
-    means = {
-        name: [mean(s["by_task"], key) for key in columns.values()] for name, s in stages.items()
-    }
-    # Base models and best_of_n were asked none of these.
-    rows = [[name, *row] for name, row in means.items() if any(x is not None for x in row[1:])]
-    of_sft = [
-        [kind, *(numbers.get(key) for key in columns.values())]
-        for kind, numbers in stages["sft"]["by_task"].items()
-    ]
+    """Exact match where something is new about the prompt."""
+    rows = [[name, *row] for name, row in means_by_novelty(stages).items()]
     return (
-        "## What generalises\n\nExact match, greedy. Mean without `joke` and `story`, which are "
-        "open-ended, and without `chain` and `unknown`, where most demonstrators have a habit. "
-        "In the last column nothing is new, but the conversation changes the subject. Only some "
-        "kinds have cells, and only short tasks come after another: compare these two columns by "
-        "kind. Beside the case, new is:\n\n"
-        f"{table(['', *columns], rows)}SFT by kind:\n\n{table(['', *columns], of_sft)}"
+        "## What generalises\n\nExact match, greedy: means over kinds of task, without `joke` and "
+        "`story`, which are open-ended, and `chain` and `unknown`, where most demonstrators have "
+        "a habit. In the last column nothing is new, but the conversation changes the "
+        "subject. Not every column has every kind. Beside the case, new is:\n\n"
+        f"{table(['', *WHAT_IS_NEW], rows)}"
     )
 
 
@@ -525,7 +541,8 @@ def instructions_and_documents(stages: dict) -> str:
     example = KINDS["one_sum"].document.format(sum="12-5")
     return (
         "## Instructions instead of prompt engineering\n\nGreedy. The base model can do much of "
-        f'it, but only if it is asked in the form of its documents, such as "{example}".\n\n'
+        f'it, but only if it is asked in the form of its documents, such as "{example}". It was '
+        "not asked plainly for a kind that SFT has never seen.\n\n"
     ) + table(["", "base, asked plainly", "base, as a document", "SFT, asked plainly"], rows)
 
 
@@ -541,17 +558,13 @@ def reward_model_section(name: str, rm: dict) -> str:
         "spearman_gold": "rank correlation with gold",
         "ece": "expected calibration error",
     }
-    text += table(["", "all"], [[label, rm[key]] for key, label in names.items() if key in rm])
-    if "by_task" in rm:
-        keys = ["pairs", "accuracy", "bayes_accuracy", "gold_order"]
-        text += table(
-            ["kind", *keys], [[k] + [v[key] for key in keys] for k, v in rm["by_task"].items()]
-        )
-    return text
+    return text + table(
+        ["", "all"], [[label, rm[key]] for key, label in names.items() if key in rm]
+    )
 
 
 def draw_report(report: dict, path: Path):
-    """Gold per stage, skills per stage, and what the gold costs in KL."""
+    """Gold per stage, what generalises, and what the gold costs in KL."""
     stages = report["stages"]
     colours = dict(zip(stages, itertools.cycle(COLOURS)))
     from matplotlib.figure import Figure  # takes half a second, so not before it is needed
@@ -580,23 +593,20 @@ def draw_report(report: dict, path: Path):
     left.legend(loc="lower right")
     left.grid(alpha=0.3)
 
-    width = 0.8 / len(stages)
-    for i, (name, s) in enumerate(stages.items()):
-        middle.bar(
-            [x + (i - (len(stages) - 1) / 2) * width for x in range(len(SKILLS))],
-            [s["by_task"][kind]["exact_match"] for kind in SKILLS],
-            width,
-            color=colours[name],
-            label=name,
-        )
+    means, places = means_by_novelty(stages), np.arange(len(WHAT_IS_NEW))
+    width = 0.8 / max(len(means), 1)
+    for i, (name, row) in enumerate(means.items()):
+        heights = [np.nan if x is None else x for x in row]
+        left_end = places + (i - (len(means) - 1) / 2) * width
+        middle.bar(left_end, heights, width, color=colours[name], label=name)
     middle.set(
-        xticks=range(len(SKILLS)),
-        xticklabels=[k.replace("_", "\n") for k in SKILLS],
+        xticks=places,
+        xticklabels=[group.replace(" ", "\n") for group in WHAT_IS_NEW],
         ylim=(0, 1),
-        ylabel="exact match",
-        title="Skills, greedy decoding",
+        ylabel="exact match, greedy",
+        title="What is new about the prompt",
     )
-    middle.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=5, frameon=False)
+    middle.tick_params(axis="x", labelsize=7)
     middle.grid(alpha=0.3, axis="y")
 
     for name, s in stages.items():
@@ -619,7 +629,7 @@ def main(cfg: Config):
     evaluate(cfg)
     text = (Path(cfg.out) / "report.md").read_text(encoding="utf-8")
     print(text[: text.index("## What they say")])
-    print(f"what all of them say is in {cfg.out}/report.md")
+    print(f"what all of them say is in {cfg.out}/report.md, every kind in report_details.md")
 
 
 if __name__ == "__main__":

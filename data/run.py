@@ -614,7 +614,8 @@ class Run:
 def run_path(out: str, name: str) -> Path:
     """out/name. Raises InputError if that leads elsewhere, or into what evaluation and experiments
     write."""
-    taken = "base best_of_n experiments quick unfinished report.json report.md report.png".split()
+    taken = "base best_of_n experiments quick unfinished".split()
+    taken += "report.json report.md report.png report_details.md".split()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in taken:
         raise InputError(
             f"--name {name}: choose a plain name, of letters and digits, other than "

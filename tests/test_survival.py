@@ -178,7 +178,7 @@ def test_killed_at_any_moment_preferences_and_report_are_the_old_ones_or_the_new
         "preferences": (data.preferences, ["preferences.jsonl"], dict(pairs=60)),
         "evaluate": (
             data.evaluate,
-            ["report.json", "report.md", "report.png"],
+            list(data.evaluate.REPORT),
             dict(prompts=2 * len(TRAIN_KINDS), n=2),
         ),
     }[what]
