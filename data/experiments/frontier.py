@@ -15,7 +15,17 @@ import train_dpo
 import train_ppo
 from data.experiments.base import Base, Pool, make_pool, read_cost
 from data.experiments.jobs import run_jobs
-from data.experiments.plots import STYLE, UNITS, band_panels, grouped, panels, save, write_csv
+from data.experiments.plots import (
+    STYLE,
+    UNITS,
+    band_panels,
+    grouped,
+    over_seeds,
+    panels,
+    save,
+    smoothed,
+    write_csv,
+)
 
 # The betas with which the README's commands train; RLOO is compared at PPO's.
 DEFAULT = {"ppo": train_ppo.Config().beta, "dpo": train_dpo.Config().beta}
@@ -24,6 +34,7 @@ DEFAULT["rloo"] = DEFAULT["ppo"]
 METHODS = {
     "ppo": ("ppo", {}, (0.5, 0.1, 1.5)),
     "rloo": ("ppo", {"advantage": "rloo"}, (DEFAULT["rloo"], 0.1, 0.5)),
+    "ppo on gold": ("ppo", {"reward": "gold"}, (DEFAULT["ppo"],)),  # a perfect reward model
     "dpo": ("dpo", {}, (0.1, 1.0, 3.0)),
     "ipo": ("dpo", {"loss": "ipo"}, (0.1, 0.03, 0.3)),
     "dpo + nll": ("dpo", {"nll": 0.2}, (0.1,)),
@@ -167,7 +178,7 @@ def above_frontier(rows: list[dict]) -> list[str]:
 def draw_frontier(rows: list[dict], path: Path):
     """Gold against KL: means over seeds, with bars from the lowest to the highest seed."""
     figure, (axis,) = panels(1, 1, size=(7.5, 5))
-    small = {"textcoords": "offset points", "fontsize": 7, "color": "#222222"}
+    small = {"textcoords": "offset points", "fontsize": 7}
     blue = {**STYLE["best of n"], "ms": 4}
     lines = {
         "exact frontier": {"color": "black", "lw": 1.5},
@@ -195,11 +206,12 @@ def draw_frontier(rows: list[dict], path: Path):
             point = kl.mean(), gold.mean()
             axis.errorbar(*point, *bars, **style, ls="", elinewidth=1, label=label)
             # Two labels would cover a neighbour: they stand on the other side.
-            crowded = (method, setting) in (("ppo", DEFAULT["ppo"]), ("ipo", 0.1))
-            axis.annotate(f"{setting:g}", point, (-20, 5) if crowded else (6, -10), **small)
+            crowded = (method, setting) in (("ppo", 0.1), ("ppo", 0.25), ("ppo", 0.5), ("ipo", 0.1))
+            place = (-20, 5) if crowded else (6, -10)
+            axis.annotate(f"{setting:g}", point, place, **{**small, "color": style["color"]})
             label = None  # once per method
     axis.set(xlabel=f"{UNITS['kl']} (logarithmic from 1 on)", ylabel=UNITS["gold"])
-    axis.set_title("numbers: beta; in blue n", fontsize=8)
+    axis.set_title("numbers: beta; along the dark blue line n", fontsize=8)
     axis.set_xscale("symlog", linthresh=1, subs=[2, 3, 4, 5, 6, 8])
     ticks = [0, 0.25, 0.5, 0.75, 1, 2, 4, 8, 16]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -252,26 +264,27 @@ def cost(results: Path, bases: list[Base], measured: list[tuple[dict, Path]]):
         curve = bases[seed].curve(run, "step", "gold")  # it ends with the last step
         for point in curve:
             done = (point["step"] + 1) / (curve[-1]["step"] + 1)  # all steps cost the same
-            numbers = {unit: before[unit] + done * paid[unit] for unit in COSTS}
-            curves.append({"method": method, "seed": seed, "gold": point["gold"], **numbers})
+            passes = before["forward_equivalents"] + done * paid["forward_equivalents"]
+            numbers = {"millions": passes / 1e6, "gold": point["gold"]}
+            curves.append({"method": method, "seed": seed, **numbers})
     write_csv(table, results / "cost.csv")
     write_csv(curves, results / "cost_curves.csv")
     draw_cost(curves, results / "cost.png")
 
 
 def draw_cost(curves: list[dict], path: Path):
-    """Gold along training against seconds and forward passes, a line per seed."""
-    figure, axes = panels(2, 2, sharey=True)
-    units = {"seconds": 1, "millions of forward passes of a token": 1e6}
-    labels = {"ppo": "ppo, after its reward model; a line per seed", "rloo": "rloo, likewise"}
-    for axis, unit, (name, scale) in zip(axes, COSTS, units.items()):
-        for (method, seed), some in grouped(curves, "method", "seed").items():
-            x, y = [row[unit] / scale for row in some], [row["gold"] for row in some]
-            label = None if seed else labels.get(method, method)
-            axis.plot(x, y, **STYLE[method], ms=3, lw=1, label=label)
-        axis.set(xlabel=name)
-        axis.set_xlim(left=0)
-    axes[0].set_ylabel(UNITS["gold"])
+    """Gold along training against forward passes: means over seeds, with their range."""
+    figure, (axis,) = panels(1, 1, size=(6.5, 3.6))
+    for method, some in grouped(curves, "method").items():
+        runs = [
+            smoothed(run, "millions", "gold", width=1 if method == "dpo" else 5)
+            for run in grouped(some, "seed").values()
+        ]
+        label = method if method == "dpo" else f"{method}, after its reward model"
+        style = {"color": STYLE[method]["color"], "label": label}
+        over_seeds(axis, runs, "millions", "gold", **style)
+    axis.set(xlabel="forward passes of a token, millions", ylabel=UNITS["gold"])
+    axis.set_xlim(left=0)
     save(figure, path)
 
 
@@ -285,7 +298,7 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
     columns = ("step", "gold", "kl", "length", "no_end", "chosen", "rejected")
     rows = []
     for method, beta, seed, run in policies:
-        if method != "ppo" and beta in (0.1, 1.0):
+        if method in METHODS and METHODS[method][0] == "dpo" and beta in (0.1, 1.0):
             for point in bases[seed].curve(run, *columns):
                 if (point["step"] + 1) % 20 == 0:  # the last step is another one for every seed
                     rows.append({"method": method, "setting": beta, "seed": seed, **point})
@@ -294,13 +307,13 @@ def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
 
 
 def draw_dpo(rows: list[dict], path: Path):
-    """Six curves of DPO and its cures; steps are counted from 1."""
+    """Curves of DPO and its cures; steps are counted from 1."""
     lines = []
     for (method, beta), some in sorted(grouped(rows, "method", "setting").items()):
         style = STYLE[method] if beta == 0.1 else {**STYLE[method], "color": "black"}
         some = [{**row, "step": row["step"] + 1} for row in some]
         lines.append((f"{method}, beta {beta:g}", some, style))
-    units = {name: UNITS[name] for name in ("gold", "kl", "length", "no_end")}
+    units = {name: UNITS[name] for name in ("gold", "kl", "length")}
     units |= {side: f"{side}: log-ratio to SFT, nats" for side in ("chosen", "rejected")}
     figure, _ = band_panels(lines, "step", units, "step")
     save(figure, path)

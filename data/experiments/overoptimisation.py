@@ -25,7 +25,17 @@ from data.experiments.bugs import Bug
 from data.experiments.frontier import BEST_OF, best_of_all
 from data.experiments.jobs import Job, run_jobs
 from data.experiments.pairs import flipped, some_pairs
-from data.experiments.plots import STYLE, UNITS, band_panels, grouped, panels, save, write_csv
+from data.experiments.plots import (
+    STYLE,
+    UNITS,
+    band_panels,
+    grouped,
+    over_seeds,
+    panels,
+    save,
+    smoothed,
+    write_csv,
+)
 from data.files import read_preferences, write_rows
 from data.preferences import annotate
 from data.run import COLOURS
@@ -172,13 +182,6 @@ def ask_again(base: Base, job: Job, count: int, seed: int) -> list[dict]:
 # Where is gold highest? By the points, and by a curve that rests on the whole run.
 
 
-def smoothed(run: list[dict], *columns: str, width: int = 5) -> list[dict]:
-    """Means of these columns over so many neighbouring rows: 64 rollouts alone are noisy."""
-    window = np.ones(width) / width
-    means = [np.convolve([row[name] for row in run], window, "valid") for name in columns]
-    return [dict(zip(columns, map(float, values))) for values in zip(*means)]
-
-
 def peaks(rows: list[dict]) -> list[dict]:
     """Per judge, seed and method: where gold is highest, where it ends, and the fit.
 
@@ -230,10 +233,7 @@ def top_of_fit(method: str, alpha: float, beta: float, end: float) -> float:
 
 
 def draw_overoptimisation(rows: list[dict], path: Path):
-    """A panel per judge: proxy (dashed) and gold (solid) with the range of the seeds, and the fit.
-
-    The seeds' points of one iteration, or of one n, stand together at the mean of their distances.
-    """
+    """A panel per judge: gold (solid) and proxy (dashed) with the seeds' range, and the fit."""
     judges = grouped(rows, "judge")
     figure, axes = panels(len(judges), 2, sharex=True, sharey=True)
     for axis, (judge, of_judge) in zip(axes, judges.items()):
@@ -243,11 +243,10 @@ def draw_overoptimisation(rows: list[dict], path: Path):
                 smoothed(run, "kl", "gold", "proxy", width=1 if method == "best of n" else 5)
                 for run in grouped(some, "seed").values()
             ]
-            x = np.mean([distance(run) for run in runs], axis=0)
+            runs = [[{**row, "d": d} for row, d in zip(run, distance(run))] for run in runs]
             for column, dashes in (("gold", "-"), ("proxy", "--")):
-                y = np.array([[row[column] for row in run] for run in runs])
-                axis.plot(x, y.mean(0), ls=dashes, label=f"{method}: {column}", **style)
-                axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, lw=0)
+                label = f"{method}: {column}"
+                over_seeds(axis, runs, "d", column, ls=dashes, label=label, **style)
             d, gold = distance(some), np.array([row["gold"] for row in some])
             alpha, beta, r2 = fit(method, d, gold)
             grid = np.linspace(0, d.max(), 100)

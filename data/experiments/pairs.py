@@ -20,7 +20,7 @@ from data.metrics import judge
 from gpt import ScalarModel, load_model
 from train_rm import score_sequences
 
-COUNTS = (416, 1664, 6656)  # beside all
+COUNTS = (416, 1664)  # beside all
 FLIPPED = 0.25
 
 

@@ -16,6 +16,7 @@ STYLE = {
     "best of n": {"color": COLOURS[0], "marker": "^"},
     "ppo": {"color": COLOURS[1], "marker": "o"},
     "rloo": {"color": COLOURS[5], "marker": "P"},
+    "ppo on gold": {"color": COLOURS[6], "marker": "*"},
     "dpo": {"color": COLOURS[2], "marker": "s"},
     "ipo": {"color": COLOURS[3], "marker": "D"},
     "dpo + nll": {"color": COLOURS[4], "marker": "v"},
@@ -66,6 +67,21 @@ def band(axis, rows: list[dict], x: str, y: str, **style):
     (line,) = axis.plot(places, [np.mean(v) for v in values], **style)
     low, high = [min(v) for v in values], [max(v) for v in values]
     axis.fill_between(places, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def smoothed(run: list[dict], *columns: str, width: int = 5) -> list[dict]:
+    """Means of these columns over so many neighbouring rows: 64 rollouts alone are noisy."""
+    window = np.ones(width) / width
+    means = [np.convolve([row[name] for row in run], window, "valid") for name in columns]
+    return [dict(zip(columns, map(float, values))) for values in zip(*means)]
+
+
+def over_seeds(axis, runs: list[list[dict]], x: str, y: str, **style):
+    """Column y against column x, of runs of equal length: means over the runs of a point's x and
+    y as a line, the range of y as a band."""
+    xs, ys = (np.array([[row[name] for row in run] for run in runs]) for name in (x, y))
+    (line,) = axis.plot(xs.mean(0), ys.mean(0), **style)
+    axis.fill_between(xs.mean(0), ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15, lw=0)
 
 
 def band_panels(lines: list[tuple], x: str, units: dict, xlabel: str, columns=3):
