@@ -801,7 +801,7 @@ def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
 
     judges = [POOR, GOOD, *TASTES, *WORST, ASKED_AGAIN]
     if quick:  # it has but one seed, and here two: not three that were pretrained apart
-        judges.remove("worst of 3 pretrained apart")
+        judges = [POOR, GOOD, "a liking for length", "worst of 3", ASKED_AGAIN]
     seeds = range(len(bases))
     ppo = {job.out.name: job for job in ran if job.stage == "ppo"}
     rm = {job.out.name: job for job in ran if job.stage == "rm"}
@@ -852,7 +852,8 @@ def test_every_judge_is_trained_on_its_pairs_and_pushed_without_a_penalty(
     assert [axis.get_title() for axis in pictures["overoptimisation"].axes] == [
         f"a reward model of {judge}" for judge in (POOR, GOOD)
     ]
-    for name, shown in (("causes", TASTES), ("cures", judges[-len(judges) + 5 :])):
+    for name, those in (("causes", TASTES), ("cures", [*WORST, ASKED_AGAIN])):
+        shown = [judge for judge in those if judge in judges]
         labels = [line.get_label() for line in pictures[name].axes[0].lines]
         assert labels == [GOOD, *shown]
 

@@ -97,7 +97,7 @@ def overoptimisation(out: Path, results: Path, bases: list[Base], quick: bool):
         good = some_pairs(rows, 4000, base.seed, flipped(0.0))
         push(POOR, base, train_judge(POOR, base, poor))
         push(GOOD, base, first := train_judge(GOOD, base, good))
-        for judge, agrees in TASTES.items():
+        for judge, agrees in list(TASTES.items())[: 1 if quick else None]:
             liked = some_pairs(rows, 4000, base.seed, agrees)
             push(judge, base, train_judge(judge, base, liked))
         for judge, apart in WORST.items():
@@ -133,8 +133,7 @@ def overoptimisation(out: Path, results: Path, bases: list[Base], quick: bool):
     draw_overoptimisation(two, results / "overoptimisation.png")
     ppo = [row for row in rows if row["method"] == "ppo"]
     draw_judges(ppo, [GOOD, *TASTES], results / "causes.png")
-    cures = [judge for judge in (*WORST, ASKED_AGAIN) if judge in grouped(rows, "judge")]
-    draw_judges(ppo, [GOOD, *cures], results / "cures.png")
+    draw_judges(ppo, [GOOD, *WORST, ASKED_AGAIN], results / "cures.png")
 
 
 def worst_of(reward_models: list[Path]) -> Bug:
@@ -262,7 +261,8 @@ def draw_judges(rows: list[dict], judges: list[str], path: Path):
     """What PPO makes of some judges, iteration by iteration: gold, their own score, and length."""
     units = {name: UNITS[name] for name in ("gold", "proxy", "length")}
     lines = []
-    for judge, colour, dashes in zip(judges, ["#000000", *COLOURS], ["-", "--", "-.", ":", "-"]):
+    judges = [judge for judge in judges if judge in grouped(rows, "judge")]  # some, if quick
+    for judge, colour, dashes in zip(judges, ["#000000", *COLOURS], ["-", "--", "-.", ":"]):
         points = [
             {"iteration": i + 3, **row}  # the middle of five, from 1
             for run in grouped([row for row in rows if row["judge"] == judge], "seed").values()
