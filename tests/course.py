@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
+from data.run import run_script  # noqa: E402
 from exercises import EXERCISES  # noqa: E402
 from grading import (  # noqa: E402
     find_function,
@@ -209,7 +210,7 @@ def pack_checkpoints(path: Path, out: Path):
 # Grading
 
 
-def grade_handin(handin: Path, exercises: list, args):
+def grade_handin(handin: Path, exercises: list, args) -> int:
     """Grade, print, and write what Gradescope or GitHub Classroom read. Returns the exit code."""
     if not handin.is_dir():
         raise SystemExit(f"--grade {handin}: there is no such folder")
@@ -294,6 +295,8 @@ def three_bugs(identity: str, secret: str) -> list:
         source = (ROOT / file).read_text("utf-8")
         for mutant in (m for m in MUTANTS if m.file == file):
             for name, function in functions(source):
+                if name == "main":  # only a whole run of the script could tell
+                    continue
                 text = "\n".join(source.split("\n")[function.lineno - 1 : function.end_lineno])
                 if mutant.right in text and "super()" not in text:
                     found.append((mutant, name))
@@ -315,16 +318,16 @@ def functions(source: str):
 
 
 class Rewrite(ast.NodeTransformer):
-    """Write some expressions the other way round, so that a comparison with the published files
-    shows hundreds of changes that change nothing: a < b as b > a, a * b as b * a, and so on."""
+    """Write many expressions in another way that means the same, so that a comparison with the
+    published files finds changes everywhere: a < b as b > a, a * b as b * a, x[:n] as x[0:n]."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
 
-    def turn(self, *parts) -> bool:
-        """Whether to, where the order in which these are evaluated cannot matter."""
+    def turns(self, *parts) -> bool:
+        """Whether to. Not where the order in which the parts are evaluated might matter."""
         calls = [any(isinstance(n, (ast.Call, ast.NamedExpr)) for n in ast.walk(p)) for p in parts]
-        return sum(calls) < 2 and self.rng.random() < 0.6
+        return sum(calls) < 2 and self.rng.random() < 0.7
 
     def visit_FunctionDef(self, node):
         if any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
@@ -336,20 +339,36 @@ class Rewrite(ast.NodeTransformer):
         mirrored = {ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}
         mirrored |= {ast.Eq: ast.Eq, ast.NotEq: ast.NotEq}
         kind = mirrored.get(type(node.ops[0]))
-        if len(node.ops) == 1 and kind and self.turn(node.left, node.comparators[0]):
+        if len(node.ops) == 1 and kind and self.turns(node.left, node.comparators[0]):
             return ast.Compare(node.comparators[0], [kind()], [node.left])
         return node
 
     def visit_BinOp(self, node):
         self.generic_visit(node)
-        if isinstance(node.op, ast.Mult) and self.turn(node.left, node.right):
-            return ast.BinOp(node.right, ast.Mult(), node.left)
+        sides = node.left, node.right
+        number = any(isinstance(s, ast.Constant) and type(s.value) in (int, float) for s in sides)
+        commutes = isinstance(node.op, ast.Mult) or isinstance(node.op, ast.Add) and number
+        if commutes and self.turns(*sides):
+            return ast.BinOp(node.right, node.op, node.left)
         return node
 
     def visit_IfExp(self, node):
         self.generic_visit(node)
-        if self.turn(node.test):
+        if self.turns(node.test):
             return ast.IfExp(ast.UnaryOp(ast.Not(), node.test), node.orelse, node.body)
+        return node
+
+    def visit_Slice(self, node):
+        self.generic_visit(node)
+        if node.lower is None and node.step is None and self.turns():
+            node.lower = ast.Constant(0)
+        return node
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        named = all(word.arg for word in node.keywords)
+        if len(node.keywords) > 1 and named and self.turns(*(w.value for w in node.keywords)):
+            self.rng.shuffle(node.keywords)
         return node
 
 
@@ -388,9 +407,11 @@ def hunt_copy(where: Path, identity: str, secret: str):
 
 HUNT = '''# Three bugs
 
-In this copy of the project, three functions are wrong, each in another file of {files}. All else is
-right, though it is written otherwise than in the published files: comments are gone, and many
-expressions are turned round. Scripts run to their end, and results are worse than they should be.
+In this copy of the project, three functions are wrong, each in another of these files:
+{files}.
+None of them is `main`. All else is right, though it is written otherwise than in the published
+files: comments are gone, and many expressions are turned round. Scripts run to their end, and
+results are worse than they should be.
 
 Hand in three files, `test_bug_1.py` to `test_bug_3.py`, one for each bug:
 
@@ -427,7 +448,7 @@ def run_hunted_test(path: str, bug, note):
     pytest.main([*arguments, "--import-mode=importlib", path], plugins=[Recorder(note)])
 
 
-def grade_hunt(handin: Path, identity: str, args) -> int:
+def grade_hunt(handin: Path, identity: str, args):
     """Points of a bug hunt: does each test pass on the project, and fail on a bug?"""
     if not handin.is_dir():
         raise SystemExit(f"--grade {handin}: there is no such folder")
@@ -468,7 +489,6 @@ def grade_hunt(handin: Path, identity: str, args) -> int:
         print(indented(result["output"]))
     if args.results:
         write_results(args.results, results)
-    return 0
 
 
 def passes(path: Path, bug) -> tuple[bool, str]:
@@ -537,7 +557,7 @@ def parse_weeks(text: str) -> range:
     return weeks
 
 
-def main() -> int:
+def main():
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -576,9 +596,9 @@ def main() -> int:
     elif args.student:
         student_copy(args.student, weeks, args.seed)
     elif args.grade and args.bug_hunt:
-        return grade_hunt(args.grade, args.bug_hunt, args)
+        grade_hunt(args.grade, args.bug_hunt, args)
     elif args.grade:
-        return grade_handin(args.grade, exercises, args)
+        sys.exit(grade_handin(args.grade, exercises, args))
     elif args.gradescope:
         pack_gradescope(args.gradescope, weeks, args.secret)
     elif args.checkpoints:
@@ -586,13 +606,11 @@ def main() -> int:
     elif args.curves:
         curves(args.curves, args.seed)
     elif args.leaderboard:
-        return leaderboard(
-            args.leaderboard, args.stage, args.out, args.secret, args.results, args.budget
-        )
+        given = args.stage, args.out, args.secret, args.results, args.budget
+        sys.exit(leaderboard(args.leaderboard, *given))
     else:
-        parser.error("say what to do: one of the lines above")
-    return 0
+        parser.error("say what to do: one of the lines that -h shows")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

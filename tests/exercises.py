@@ -13,6 +13,7 @@ version of it in place of the project's. Nothing in this file is handed out but 
               tests/mutants.py that lie inside the function are added to them, with their symptoms
 """
 
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def shown(value) -> str:
         if value.numel() > 24:
             return f"(a tensor {tuple(value.shape)})"
         value = (value.int() if value.dtype == torch.bool else value).tolist()
-    return repr(value)
+    return re.sub(r"\d+\.\d{5,}", lambda digits: f"{float(digits[0]):.4g}", repr(value))
 
 
 def call(module, function, **arguments):
@@ -164,7 +165,7 @@ def sample(rng):
     for number, how in enumerate(settings):
         logits = draw(rng, 2 + number % 4)
         # without ties, and with no probability near the edge of top_p
-        logits = logits + 0.01 * torch.arange(len(logits))
+        logits = logits + torch.arange(len(logits)).double() / 100
 
         def run(logits=logits, how=how):
             rows = logits.float().expand(4000, -1)

@@ -97,4 +97,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head`
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
