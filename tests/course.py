@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
-from data.run import run_script  # noqa: E402
 from exercises import EXERCISES  # noqa: E402
 from grading import (  # noqa: E402
     find_function,
@@ -39,6 +38,8 @@ from grading import (  # noqa: E402
     load_project,
 )
 from leaderboard import leaderboard  # noqa: E402
+
+from data.run import run_script  # noqa: E402
 
 SOLUTIONS = ("broken.csv", "broken.png")  # results that --curves asks about
 HUNTED = ["gpt.py", "data/chat.py", *(f"train_{x}.py" for x in ("pretrain", "sft", "rm"))]

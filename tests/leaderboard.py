@@ -23,7 +23,7 @@ KL_LIMIT = 2.0  # nats per response: who is farther from SFT is measured, but no
 PROMPTS = 600  # held-out ones, to measure on
 SECONDS = 1200  # of a run
 # Forward passes of the SFT model over one token, padding included; a backward pass counts as two.
-BUDGET = {"ppo": 4_000_000, "dpo": 4_000_000}
+BUDGET = {"ppo": 3_000_000, "dpo": 4_200_000}
 # What every file of data/town is replaced by.
 CLOSED = '''"""Closed while a script of the leaderboard runs."""
 
