@@ -20,6 +20,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import zipfile
@@ -270,7 +271,7 @@ export OMP_NUM_THREADS=1
 
 def pack_gradescope(path: Path, weeks: range, secret: str):
     """A zip to upload as Gradescope's autograder."""
-    run = RUN.format(weeks=f"{weeks.start}-{weeks.stop - 1}", secret=secret)
+    run = RUN.format(weeks=f"{weeks.start}-{weeks.stop - 1}", secret=shlex.quote(secret))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, text in (("setup.sh", SETUP), ("run_autograder", run)):
             script = zipfile.ZipInfo(name)
@@ -569,7 +570,7 @@ def main():
     add("--weeks", default="1-9", help="of the exercises: 3, or 1-3 (default: all)")
     add("--seed", default="", help="of a copy's facts, of --curves")
     add("--secret", default="", help="of hidden tests, bug hunts and the leaderboard: any text")
-    add("--exercise", help="grade just this one")
+    add("--exercise", metavar="NAMES", help="grade just these, as in gae,policy_loss")
     add("--results", type=Path, metavar="FILE", help="write Gradescope's results.json")
     add("--github", action="store_true", help="visible tests only, a summary, and an exit code")
     add("--gradescope", type=Path, metavar="ZIP", help="write Gradescope's autograder")
@@ -584,10 +585,10 @@ def main():
     weeks = parse_weeks(args.weeks)
     exercises = [exercise for exercise in EXERCISES if exercise.week in weeks]
     if args.exercise:
-        exercises = [exercise for exercise in EXERCISES if exercise.name == args.exercise]
-        if not exercises:
-            names = ", ".join(exercise.name for exercise in EXERCISES)
-            raise SystemExit(f"--exercise {args.exercise}: there are {names}")
+        names = [exercise.name for exercise in EXERCISES]
+        if unknown := [name for name in args.exercise.split(",") if name not in names]:
+            raise SystemExit(f"--exercise {unknown[0]}: there are {', '.join(names)}")
+        exercises = [e for e in EXERCISES if e.name in args.exercise.split(",")]
     if args.bug_hunt and not args.secret:
         raise SystemExit("--bug-hunt needs --secret: else students could find their bugs by name")
     if args.gradescope and not args.secret:
