@@ -295,13 +295,11 @@ def three_bugs(identity: str, secret: str) -> list:
     found = []
     for file in HUNTED:
         source = (ROOT / file).read_text("utf-8")
-        for mutant in (m for m in MUTANTS if m.file == file):
-            for name, function in functions(source):
-                if name == "main":  # only a whole run of the script could tell
-                    continue
-                text = "\n".join(source.split("\n")[function.lineno - 1 : function.end_lineno])
-                if mutant.right in text and "super()" not in text:
-                    found.append((mutant, name))
+        for name, function in functions(source):
+            text = "\n".join(source.split("\n")[function.lineno - 1 : function.end_lineno])
+            if name == "main" or "super()" in text:  # only a whole run of the script could tell
+                continue
+            found += [(m, name) for m in MUTANTS if m.file == file and m.right in text]
     random.Random(f"bugs {secret} {identity}").shuffle(found)
     chosen = {mutant.file: (mutant, name) for mutant, name in found}
     order = dict.fromkeys(mutant.file for mutant, _ in found)
@@ -529,6 +527,8 @@ def curves(path: Path, seed: str):
             {name: x if name == "bug" else float(x) for name, x in row.items()}
             for row in csv.DictReader(file)
         ]
+    if not path.resolve().parent.is_dir():
+        raise SystemExit(f"--curves {path}: there is no folder {path.parent}")
     runs = list(grouped(rows, "bug").items())
     random.Random(f"curves {seed}").shuffle(runs)
     figure, axes = panels(len(runs) * len(UNITS), len(UNITS), size=(2.7, 1.9))

@@ -351,6 +351,10 @@ def logit_gradients(rng):
 # The exercises, in the order of the lecture
 
 BPE, MODEL, CHAT = "test_tokenizer.py::test_", "test_gpt.py::test_", "test_chat.py::test_"
+# Pieces of dpo_loss, and what a student writes who has read no farther than equation 7.
+MARGIN = "dpo_margin(logprobs, ref_logprobs, lengths, cfg)"
+BETA_H = "cfg.beta * ((logprobs - ref_logprobs)[0] - (logprobs - ref_logprobs)[1])"
+ONLY_DPO = {'if cfg.loss == "dpo":': "if True:", " - cfg.nll * logprobs[0] / lengths[0]": ""}
 LOSS, PPO, HEAD = "test_losses.py::test_", "test_ppo.py::test_", "test_kernels.py::test_"
 
 EXERCISES = [
@@ -699,6 +703,11 @@ EXERCISES = [
                 "Not shifted: you compare the state after token t with token t itself, which it "
                 "has seen. The target is token t + 1, under the mask of token t + 1.",
                 {"tokens[:, 1:], mask[:, 1:]": "tokens[:, :-1], mask[:, 1:]"},
+            ),
+            (
+                "Not shifted: you compare the state after token t with token t itself, which it "
+                "has seen. The target is token t + 1, under the mask of token t + 1.",
+                {"tokens[:, :-1]": "tokens", "tokens[:, 1:], mask[:, 1:]": "tokens, mask"},
             ),
             (
                 "The mask is left out: prompts and padding are learned as well.",
@@ -1106,31 +1115,30 @@ EXERCISES = [
                     "logprobs[0] / lengths[0]).mean()"
                 },
             ),
-            (
-                "Only DPO, and its mean: a loss for every pair (B,) is asked for, and cfg.loss may "
-                "also be cdpo, ipo or simpo; nll is added to any of them.",
-                {
-                    'if cfg.loss == "dpo":': "if True:",
-                    "return loss - cfg.nll * logprobs[0] / lengths[0]": "return loss.mean()",
-                },
-            ),
-            (
-                "Only DPO: cfg.loss may also be cdpo, ipo or simpo, and nll is added to any of "
-                "them.",
-                {'if cfg.loss == "dpo":': "if True:", " - cfg.nll * logprobs[0] / lengths[0]": ""},
-            ),
+            *[
+                (
+                    "Only DPO, and its mean: a loss for every pair (B,) is asked for, and cfg.loss "
+                    "may also be cdpo, ipo or simpo; nll is added to any of them.",
+                    {MARGIN: margin, **ONLY_DPO, "return loss": "return loss.mean()"},
+                )
+                for margin in (MARGIN, BETA_H)
+            ],
+            *[
+                (
+                    "Only DPO: cfg.loss may also be cdpo, ipo or simpo, and nll is added to any of "
+                    "them.",
+                    {MARGIN: margin, **ONLY_DPO},
+                )
+                for margin in (MARGIN, BETA_H)
+            ],
             (
                 "The reference is left out: h compares log-ratios, log pi - log pi_ref.",
-                {"dpo_margin(logprobs, ref_logprobs,": "dpo_margin(logprobs, 0 * ref_logprobs,"},
+                {MARGIN: MARGIN.replace("ref", "0 * ref")},
             ),
             (
                 "The reference is left out: h compares log-ratios, log pi - log pi_ref. And "
                 "cfg.loss may also be cdpo, ipo or simpo.",
-                {
-                    "dpo_margin(logprobs, ref_logprobs,": "dpo_margin(logprobs, 0 * ref_logprobs,",
-                    'if cfg.loss == "dpo":': "if True:",
-                    " - cfg.nll * logprobs[0] / lengths[0]": "",
-                },
+                {MARGIN: "cfg.beta * (logprobs[0] - logprobs[1])", **ONLY_DPO},
             ),
             (
                 "nll is forgotten: its term is added to any loss.",

@@ -287,8 +287,7 @@ def in_process(work, *args, seconds: float):
         notes += [] if finished else [note]
     late = time.monotonic() >= until
     if process.is_alive():
-        process.join(0 if late else 1)
-        process.kill()
+        process.kill()  # also if it is done: to tidy up takes it a second
     process.join()
     if finished:
         return notes, ""

@@ -60,7 +60,8 @@ def run_tests(tests: list[str], note):
     """Run tests, file::name in this folder, in this process, and note each as `Recorder` says."""
     import pytest
 
-    arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", "--capture=no", "--no-header"]
+    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "--tb=short"]
+    arguments += ["--capture=no", "--no-header"]
     pytest.main([*arguments, *(f"{HERE / test}" for test in tests)], plugins=[Recorder(note)])
 
 
