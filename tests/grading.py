@@ -263,6 +263,7 @@ def load_project():
     import pytest  # noqa: F401
     import tiny_runs  # noqa: F401
     import torch
+    import torch._dynamo  # noqa: F401  (else every fork would, in half a second)
 
     torch.set_num_threads(1)
     return exercises
