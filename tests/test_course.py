@@ -451,7 +451,7 @@ def test_nineteen_in_twenty_mutants_of_an_exercise_lose_points(tmp_path):
                 lost.setdefault((result["name"].split()[0], number), result["output"])
     everything = [(name, n) for name, some in mutants.items() for n in range(len(some))]
     kept = [mutants[name][n].wrong for name, n in everything if (name, n) not in lost]
-    assert len(everything) >= 36 and len(kept) <= 0.05 * len(everything), kept
+    assert len(everything) >= 35 and len(kept) <= 0.05 * len(everything), kept
 
 
 @pytest.mark.thorough
