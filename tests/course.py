@@ -518,19 +518,27 @@ def hunt_entry(name: str, points: int, lines: list[str]) -> dict:
 # Curves
 
 
-def curves(path: Path, seed: str):
-    """Draw the runs of PPO of the experiment `broken` without their names, and print the key."""
-    from data.experiments.plots import UNITS, band, grouped, panels
+def shuffled_runs(seed: str) -> list[tuple[str, list[dict]]]:
+    """The runs of the experiment `broken`, by name, in the order of the letters."""
+    from data.experiments.plots import grouped
 
     with open(ROOT / "data/experiments/results/broken.csv", newline="") as file:
         rows = [
             {name: x if name == "bug" else float(x) for name, x in row.items()}
             for row in csv.DictReader(file)
         ]
-    if not path.resolve().parent.is_dir():
-        raise SystemExit(f"--curves {path}: there is no folder {path.parent}")
     runs = list(grouped(rows, "bug").items())
     random.Random(f"curves {seed}").shuffle(runs)
+    return runs
+
+
+def curves(path: Path, seed: str):
+    """Draw the runs of PPO of the experiment `broken` without their names, and print the key."""
+    from data.experiments.plots import UNITS, band, panels
+
+    if not path.resolve().parent.is_dir():
+        raise SystemExit(f"--curves {path}: there is no folder {path.parent}")
+    runs = shuffled_runs(seed)
     figure, axes = panels(len(runs) * len(UNITS), len(UNITS), size=(2.7, 1.9))
     for number, (_, some) in enumerate(runs):
         for axis, (column, unit) in zip(axes[number * len(UNITS) :], UNITS.items()):
