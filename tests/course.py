@@ -159,7 +159,8 @@ return, with shapes. Write the bodies, about {minutes} minutes in all, and answe
     pip install -r requirements.txt pytest
     python tests/try_exercise.py {exercises[0].name if exercises else "NAME"}
 
-tries one exercise and says which claims about it do not hold yet, with a hint.
+tries one exercise and says which claims about it do not hold yet, with a hint. In a notebook, write
+`!` before a command.
 
 - **Grading.** Your function is taken out of your file by its name and put into a project that is
   otherwise right. So a mistake in one exercise costs no other, and neither does a syntax error in

@@ -283,7 +283,9 @@ def gae(rng):
             (rewards, values), mask = draw(rng, 2, B, T), responses(rng, B, T)
             if T > 1:  # the critic says something about padding, too
                 mask[0], mask[0, : T - 1] = False, True
-            arguments = dict(rewards=rewards * mask, values=values, mask=mask, gamma=gamma, lam=lam)
+            arguments = dict(
+                rewards=rewards * mask + 0.0, values=values, mask=mask, gamma=gamma, lam=lam
+            )
             yield call(train_ppo, "gae", **arguments)
 
 

@@ -181,7 +181,7 @@ def readable(value) -> str:
 
 
 def short(x) -> str:
-    return f"{x:.4g}" if isinstance(x, float) else str(x)
+    return f"{x + 0.0:.4g}" if isinstance(x, float) else str(x)  # never -0
 
 
 def difference(expected, got) -> tuple[str, str]:

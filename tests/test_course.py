@@ -19,6 +19,7 @@ from mutants import MUTANTS
 from tiny_runs import ROOT, TINY, as_options
 
 HERE = ROOT / "tests"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tried on Linux only")
 
 
 def run_python(*args, cwd=ROOT):
