@@ -5,12 +5,11 @@ some even look as if they worked. The test that is named for a mutant must fail 
 
     python tests/mutants.py                    plant each in a copy, and see its test fail
     python tests/mutants.py --only 12 13       just these
-    python tests/mutants.py --homework         the symptoms, without the solutions
-    python tests/mutants.py --plant 12 DIR     a copy of the project with that bug, to be searched
 
 Seen in: repositories in which a bug of this kind has been (peers are named where it was read in
 their code or issue threads), or "common" where every course meets it. The first of them are those
-of data/experiments/bugs.py, which has what a bug is made of, and how it is planted.
+of data/experiments/bugs.py, which has what a bug is made of, and how it is planted. For students,
+`python tests/course.py --bug-hunt` plants three of them where they cannot be looked up.
 """
 
 import argparse
@@ -2320,23 +2319,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="just these mutants")
-    parser.add_argument("--homework", action="store_true", help="print the symptoms")
-    parser.add_argument("--plant", nargs=2, metavar=("N", "DIR"), help="copy the project, with bug")
     args = parser.parse_args()
     numbered = list(enumerate(MUTANTS, 1))
-    if args.homework:
-        for number, mutant in numbered:
-            print(f"{number:3d}  {mutant.symptom}")
-        return
-    wanted = [int(args.plant[0])] if args.plant and args.plant[0].isdigit() else args.only or []
-    if any(not 1 <= n <= len(MUTANTS) for n in wanted) or (args.plant and not wanted):
+    if any(not 1 <= n <= len(MUTANTS) for n in args.only or []):
         parser.error(f"mutants have numbers from 1 to {len(MUTANTS)}")
-    if args.plant:
-        if Path(args.plant[1]).exists():
-            parser.error(f"{args.plant[1]} exists already")
-        plant(MUTANTS[wanted[0] - 1], Path(args.plant[1]))
-        print(f"planted in {args.plant[1]}: {MUTANTS[wanted[0] - 1].symptom}")
-        return
     if args.only:
         numbered = [numbered[i - 1] for i in args.only]
     # Loaded once, and there in every fork: starting Python anew takes longer than most tests.

@@ -236,7 +236,7 @@ def test_a_reference_that_moves_is_noticed_before_there_are_results(chain, tmp_p
 
     def average_and_move(model, max_norm):
         _, ref, *_ = models
-        ref.ln_f.bias.data += 1e-6
+        ref.ln_f.weight.data += 1e-6
         return average_gradients(model, max_norm)
 
     monkeypatch.setattr(train_ppo, "average_gradients", average_and_move)

@@ -1,0 +1,489 @@
+"""Grade a hand-in: each exercise's function alone, in a process of its own, with a project that is
+otherwise right.
+
+All of the project is imported once. For every exercise a fork of this process, in which a fence
+goes up (no network, no programs, no files to write), compiles the function of the hand-in, puts it
+in place of the project's, and runs cases and tests. So nothing that one function does reaches
+another, and what a file has outside of the named function is never run. What is right is computed
+elsewhere, from the project's own function: in the student's process there is no answer to be found.
+
+The process tells its results as it goes, so those that it has are counted if it is stopped.
+
+The fence holds what a student would try, not somebody who attacks Python: a function can find out
+in which process it runs, and claim that a visible test has passed. Where that matters, grade each
+hand-in in a container (Gradescope does), and read functions that do strange things.
+"""
+
+import ast
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import textwrap
+import time
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60  # of an exercise
+MEMORY = 3 * 2**30  # bytes, beyond what the project itself takes
+
+
+class HandInError(Exception):
+    """Why a function cannot be taken from a hand-in: one line for its student."""
+
+
+# ---------------------------------------------------------------------------------------------
+# A function from a file
+
+
+def find_function(source: str, name: str, path) -> ast.FunctionDef:
+    """The definition of a function, or of Class.method, in a source text.
+
+    Raises HandInError, with file and line, if the text is no Python or has no such function.
+    """
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise HandInError(f"{path}, line {line}: {getattr(error, 'msg', error)}")
+    *classes, function = name.split(".")
+    for wanted in classes:
+        body = [n for node in body if is_named(node, ast.ClassDef, wanted) for n in node.body]
+    for node in reversed(body):  # of several the last one counts, as in Python
+        if is_named(node, ast.FunctionDef, function):
+            return node
+    raise HandInError(f"{path} has no {name}: keep the names, and write inside the bodies")
+
+
+def is_named(node, kind, name) -> bool:
+    return isinstance(node, kind) and node.name == name
+
+
+def read_function(handin: Path, file: str, name: str) -> tuple[ast.FunctionDef, Path]:
+    """A function of a hand-in, and the file that it is in: at its place, or flat in the folder."""
+    path = handin / file
+    if not path.exists():
+        path = handin / Path(file).name
+    if not path.exists():
+        raise HandInError(f"{file} is missing: hand it in under this name")
+    try:
+        source = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HandInError(f"{file} cannot be read: {error}")
+    return find_function(source, name, file), path
+
+
+def install(file: str, name: str, definition: ast.FunctionDef, path):
+    """Compile a function among the names of its module, and put it wherever that one is used.
+
+    Of a hand-in nothing else is taken: no decorators, and no code outside of the function.
+    """
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    definition.decorator_list, made = [], {}
+    code = compile(ast.Module([definition], []), str(path), "exec")
+    exec(code, vars(module), made)
+    *classes, function = name.split(".")
+    if classes:
+        setattr(getattr(module, classes[0]), function, made[function])
+        return
+    old = getattr(module, function)
+    for other in list(sys.modules.values()):  # who has written `from data.run import lr_at`
+        if vars(other).get(function) is old:
+            setattr(other, function, made[function])
+
+
+# ---------------------------------------------------------------------------------------------
+# Cases: what a function returns, in a form that can be sent and compared
+
+
+def run_cases(exercise, seed: str, note):
+    """Call the function as it is installed now, in all cases of a seed."""
+    import torch
+
+    rng = torch.Generator().manual_seed(zlib.crc32(f"{exercise.name} {seed}".encode()))
+    for text, run in exercise.cases(rng):
+        try:
+            value = plain(run())
+        except Exception as error:
+            value = {"error": describe(error)}
+        note(text, value)
+
+
+def plain(value):
+    """A result made of lists, numbers and texts; a tensor is {"shape", "numbers"}."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        numbers = value.detach().double().flatten().tolist()
+        return {"shape": list(value.shape), "numbers": [round_off(x) for x in numbers]}
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(x) for x in value]
+    if isinstance(value, float):
+        return round_off(value)
+    return value if isinstance(value, (int, str, bool, type(None))) else repr(value)[:80]
+
+
+def round_off(x: float):
+    """Seven digits; nan and infinities by name, since JSON has none."""
+    return float(f"{x:.7g}") if math.isfinite(x) else str(x)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: what it is, and the last line of a student's file in its traceback."""
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    if isinstance(error, NameError):
+        text += "; only the function itself is taken: import and define what it needs inside it"
+    place, trace = "", error.__traceback__
+    while trace:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.suffix == ".py" and "site-packages" not in path.parts and path.parent.name != "lib":
+            if ROOT / "tests" not in path.parents:
+                place = f" ({path.name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return text[:300] + place
+
+
+def same(a, b) -> bool:
+    """Whether two plain results are equal, but for rounding."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return abs(a - b) <= 1e-5 + 1e-4 * abs(b)
+    return a == b
+
+
+def readable(value) -> str:
+    """A plain result for people: tensors as nested lists of four digits."""
+    if isinstance(value, dict) and value.keys() == {"shape", "numbers"}:
+        shape, numbers = value["shape"], [short(x) for x in value["numbers"]]
+        if len(numbers) > 16:
+            return f"(a tensor {tuple(shape)} that begins {', '.join(numbers[:6])} ...)"
+        for size in reversed(shape):
+            groups = range(0, len(numbers), size) if size else []
+            numbers = [f"[{', '.join(numbers[i : i + size])}]" for i in groups]
+        return numbers[0] if numbers else f"(a tensor {tuple(shape)})"
+    if isinstance(value, dict):
+        if "error" in value:
+            return value["error"]
+        return ", ".join(f"{name} {readable(x)}" for name, x in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(readable, value))}]"
+    return short(value)
+
+
+def short(x) -> str:
+    return f"{x + 0.0:.4g}" if isinstance(x, float) else str(x)  # never -0
+
+
+def difference(expected, got) -> tuple[str, str]:
+    """Of two different results, the first part in which they differ, as texts."""
+    if isinstance(expected, (dict, list)) and type(expected) is type(got):
+        tensor = isinstance(expected, dict) and "numbers" in expected
+        if tensor and expected["shape"] != got.get("shape", expected["shape"]):
+            return f"shape {tuple(expected['shape'])}", f"shape {tuple(got['shape'])}"
+        keys = expected if isinstance(expected, dict) else range(len(expected))
+        alike = got.keys() == expected.keys() if isinstance(got, dict) else len(got) == len(keys)
+        if alike and not tensor and not all(isinstance(x, int) for x in expected):
+            key = next(key for key in keys if not same(expected[key], got[key]))
+            a, b = difference(expected[key], got[key])
+            label = f"result {key}" if isinstance(key, int) else key
+            return f"{label}: {a}", f"{label}: {b}"
+    return tuple(text[:300] for text in (readable(expected), readable(got)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+
+
+def fence(writable: Path | None = None, closed: tuple[Path, ...] = ()):
+    """From now on, and for good, this process reaches no network and starts no programs; it writes
+    nothing that is not below `writable`, and opens no file below one of `closed`."""
+    writable = os.path.realpath(writable) if writable else None
+    closed = [os.path.realpath(path) for path in closed]
+    changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    never = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+    never += ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
+    moving = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
+    moving += ("os.truncate", "os.chmod", "os.chown", "os.utime")
+
+    def inside(path, folder):
+        path = os.path.realpath(os.fsdecode(path))
+        return path == folder or path.startswith(folder + os.sep)
+
+    def watch(event, args):
+        if event in never:
+            raise PermissionError(f"{event} is not allowed here")
+        paths, writes = [], event in moving
+        if event == "open":
+            paths, writes = [args[0]], bool((args[2] or 0) & changing)
+        elif writes:
+            paths = args[:2] if event in ("os.rename", "os.link", "os.symlink") else args[:1]
+        for path in paths:
+            if not isinstance(path, (str, bytes, os.PathLike)):
+                continue  # an open file
+            if any(inside(path, folder) for folder in closed):
+                raise PermissionError(f"{os.fsdecode(path)} is closed")
+            allowed = writable and inside(path, writable) or os.fsdecode(path) == os.devnull
+            if writes and not allowed:
+                raise PermissionError(f"{os.fsdecode(path)} may not be written")
+
+    sys.dont_write_bytecode = True
+    sys.addaudithook(watch)
+
+
+def limit_memory():
+    """Let this process take MEMORY bytes more than it has; Windows has no such limit."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def load_project():
+    """Import all that exercises and their tests need, so that every fork has it."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for folder in (ROOT, ROOT / "tests"):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    os.chdir(ROOT)
+    import exercises
+    import pytest  # noqa: F401
+    import tiny_runs  # noqa: F401
+    import torch
+    import torch._dynamo  # noqa: F401  (else every fork would, in half a second)
+
+    torch.set_num_threads(1)
+    return exercises
+
+
+def in_process(work, *args, seconds: float):
+    """Do `work(*args, note)` in a process of its own. Returns what it has noted, and why it was
+    stopped ("" if it was not)."""
+    # Elsewhere a fork of a process that has loaded torch is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(there, work, *args), daemon=True)
+    process.start()
+    there.close()
+    notes, finished, until = [], False, time.monotonic() + seconds
+    while not finished and here.poll(max(until - time.monotonic(), 0)):
+        try:
+            note = json.loads(here.recv_bytes(2**26))
+        except (EOFError, OSError, ValueError):
+            break
+        finished = note == "done"
+        notes += [] if finished else [note]
+    late = time.monotonic() >= until
+    if process.is_alive():
+        process.kill()  # also if it is done: to tidy up takes it a second
+    process.join()
+    if finished:
+        return notes, ""
+    if late:
+        return notes, f"stopped after {seconds:.0f} seconds: does a loop ever end?"
+    return notes, f"the process ended before its tests did (exit code {process.exitcode})"
+
+
+def _work(pipe, work, *args):
+    load_project()
+    if sys.platform != "win32":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(quiet, stream)
+
+    def note(*what):
+        pipe.send_bytes(json.dumps(what).encode())
+
+    work(*args, note)
+    pipe.send_bytes(b'"done"')
+
+
+def grade_function(name: str, handin: str, secret: str, note):
+    """In a process of its own: take the function of an exercise from a hand-in, and try it."""
+    from exercises import BY_NAME
+    from try_exercise import run_tests
+
+    exercise = BY_NAME[name]
+    try:
+        definition, path = read_function(Path(handin), exercise.file, exercise.function)
+    except HandInError as error:
+        note("refused", str(error))
+        return
+    limit_memory()
+    fence()
+    try:
+        install(exercise.file, exercise.function, definition, path)
+    except Exception as error:  # a default value or an annotation that fails
+        note("refused", f"{exercise.file}, line {definition.lineno}: {describe(error)}")
+        return
+    for kind, seed in (("public", ""), ("hidden", secret)):
+        run_cases(exercise, seed, lambda text, value, kind=kind: note(kind, text, value))
+    run_tests(list(exercise.tests), lambda *result: note("test", *result))
+
+
+def right_answers(names: list[str], secret: str, note):
+    """In a process of its own: what the project's functions return, and what changes of them do."""
+    from exercises import BY_NAME
+
+    for name in names:
+        exercise = BY_NAME[name]
+        for kind, seed in (("public", ""), ("hidden", secret)):
+            run_cases(exercise, seed, lambda text, value, k=kind, n=name: note(n, k, text, value))
+        for number, (_, changes) in enumerate(known_mistakes(exercise)):
+            definition = changed(exercise, changes)
+            # An assertion of ours would stop what a student's own function goes through with.
+            definition.body = [s for s in definition.body if not isinstance(s, ast.Assert)]
+            install(exercise.file, exercise.function, definition, exercise.file)
+            run_cases(exercise, "", lambda text, value, n=name, k=number: note(n, k, text, value))
+        install(exercise.file, exercise.function, changed(exercise, {}), exercise.file)
+
+
+def function_text(exercise) -> str:
+    """The project's own function, as lines of its file."""
+    source = (ROOT / exercise.file).read_text("utf-8")
+    function = find_function(source, exercise.function, exercise.file)
+    return "\n".join(source.split("\n")[function.lineno - 1 : function.end_lineno]) + "\n"
+
+
+def changed(exercise, changes: dict[str, str]) -> ast.FunctionDef:
+    """The project's own function with pieces of it replaced."""
+    text = function_text(exercise)
+    for right, wrong in changes.items():
+        assert right in text, f"a mistake replaces what is not in {exercise.name}: {right}"
+        text = text.replace(right, wrong)
+    return ast.parse(textwrap.dedent(text)).body[0]
+
+
+def known_mistakes(exercise) -> list[tuple[str, dict[str, str]]]:
+    """Those of the exercise, and the mutants that lie inside its function."""
+    return exercise.mistakes + [
+        (f"In training you would notice it by this: {mutant.symptom}", {mutant.right: mutant.wrong})
+        for mutant in mutants_of(exercise)
+    ]
+
+
+def mutants_of(exercise) -> list:
+    """The mutants of tests/mutants.py that change this function and nothing else."""
+    from mutants import MUTANTS
+
+    text = function_text(exercise)
+    return [m for m in MUTANTS if m.file == exercise.file and m.right in text]
+
+
+# ---------------------------------------------------------------------------------------------
+# Points and feedback
+
+
+def grade(handin: Path, names: list[str], secret: str = "", seconds: float = SECONDS) -> list[dict]:
+    """Points and feedback of a hand-in: two entries of Gradescope's results.json per exercise, of
+    the visible tests and of the hidden ones, which are shown after the deadline."""
+    exercises, secret = load_project().BY_NAME, secret or secrets.token_hex(4)
+    notes, stopped = in_process(right_answers, names, secret, seconds=10 * seconds)
+    if stopped:
+        raise RuntimeError(f"the project's own functions: {stopped}")
+    answers = {}  # name -> "public", "hidden" or the number of a mistake -> [(text, value)]
+    for name, kind, text, value in notes:
+        answers.setdefault(name, {}).setdefault(kind, []).append((text, value))
+    results = []
+    for name in names:
+        given = str(handin.resolve())
+        notes, stopped = in_process(grade_function, name, given, secret, seconds=seconds)
+        results += judge(exercises[name], notes, stopped, answers[name])
+    return results
+
+
+def judge(exercise, notes: list, stopped: str, answers: dict) -> list[dict]:
+    """The two entries of one exercise."""
+    from exercises import HIDDEN
+    from try_exercise import claim
+
+    refused = [rest[0] for kind, *rest in notes if kind == "refused"]
+    outcomes = {"public": [], "hidden": []}  # [(case, expected, got)] of cases that differ
+    right = {"public": 0, "hidden": 0}
+    for where in outcomes:
+        mine = [rest for kind, *rest in notes if kind == where]
+        for (text, expected), got in zip(answers[where], mine + [None] * len(answers[where])):
+            if got and same(expected, got[1]):
+                right[where] += 1
+            elif got:
+                outcomes[where].append((text, expected, got[1]))
+
+    total, reached, lines = sum(weight for weight, _ in exercise.tests.values()), 0.0, []
+    results = [rest for kind, *rest in notes if kind == "test"]
+    for test, (weight, hint) in exercise.tests.items():
+        mine = [r for r in results if r[0].partition("[")[0] == test]
+        passed = sum(r[1] for r in mine)
+        reached += weight * passed / max(len(mine), 1)
+        if not mine or passed < len(mine):
+            said = next((text for _, passed, text in mine if not passed), "it did not run")
+            part = f" ({passed} of {len(mine)})" if passed else ""
+            lines += [f"FAILS: {claim(test)}{part}", f"    {said}", f"    hint: {hint}"]
+
+    first = refused + ([stopped] if stopped else [])
+    if outcomes["public"]:
+        text, expected, got = outcomes["public"][0]
+        expected, got = difference(expected, got)
+        first += [f"the smallest case: {text}", f"    expected {expected}", f"    got      {got}"]
+        if what := diagnosis(exercise, notes, answers):
+            first += [f"    {what}"]
+    unwritten = [text for _, _, got in outcomes["public"] if (text := not_written(got))]
+    if unwritten:
+        first = unwritten[:1]
+    if refused or unwritten:
+        lines = []
+    visible, hidden = exercise.points * (1 - HIDDEN), exercise.points * HIDDEN
+    share = right["hidden"] / len(answers["hidden"])
+    after = [f"{right['hidden']} of {len(answers['hidden'])} hidden cases are right"]
+    if outcomes["hidden"]:
+        text, expected, got = outcomes["hidden"][0]
+        expected, got = difference(expected, got)
+        after += [f"the smallest of the others: {text}", f"    expected {expected}"]
+        after += [f"    got      {got}"]
+    title = f"{exercise.name} ({exercise.file}: {exercise.function})"
+    return [
+        entry(title, visible * reached / total, visible, first + lines, "visible"),
+        entry(f"{title}, hidden", hidden * share, hidden, refused or after, "after_due_date"),
+    ]
+
+
+def entry(name: str, score: float, best: float, lines: list[str], visibility: str) -> dict:
+    """One of the "tests" of Gradescope's results.json."""
+    score = round(score, 2)
+    return {
+        "name": name,
+        "score": score,
+        "max_score": round(best, 2),
+        "status": "passed" if score == round(best, 2) else "failed",
+        "output": "\n".join(lines) or "all tests pass",
+        "visibility": visibility,
+    }
+
+
+def diagnosis(exercise, notes: list, answers: dict) -> str:
+    """What is wrong, if the hand-in returns in all public cases what a known mistake returns."""
+    mine = [value for kind, *rest in notes if kind == "public" for value in rest[1:]]
+    for number, (sentence, _) in enumerate(known_mistakes(exercise)):
+        wrong = [value for _, value in answers.get(number, [])]
+        if len(wrong) == len(mine) and all(map(same, wrong, mine)):
+            return sentence
+    return ""
+
+
+def not_written(value) -> str:
+    """What a blank says: "NotImplementedError: gae: your code here (train_ppo.py, line 254)"."""
+    said = value.get("error", "") if isinstance(value, dict) else ""
+    return said if said.startswith("NotImplementedError") else ""

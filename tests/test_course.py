@@ -1,0 +1,804 @@
+"""The course kit: what students get, what grading says, and that nobody gains by cheating."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import types
+import zipfile
+
+import course
+import grading
+import leaderboard
+import pytest
+from exercises import BY_NAME, EXERCISES
+from mutants import MUTANTS
+from tiny_runs import ROOT, TINY, as_options
+
+HERE = ROOT / "tests"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tried on Linux only")
+
+
+def run_python(*args, cwd=ROOT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    """Grading goes to the project's folder; afterwards tests are where they were."""
+    monkeypatch.chdir(ROOT)
+
+
+def grade(handin, names):
+    """Grade a folder. Returns the entries of results.json, two by exercise, under their names:
+    "gae" is that of its visible tests, and "gae, hidden"."""
+    args = types.SimpleNamespace(secret="s", results=handin.parent / "results.json", github=False)
+    assert course.grade_handin(handin, [BY_NAME[name] for name in names], args) == 0
+    tests = json.loads(args.results.read_text("utf-8"))["tests"]
+    return {re.sub(r" \(.*?\)", "", test["name"]): test for test in tests}
+
+
+def put(handin, file, text):
+    """A file of a hand-in."""
+    (handin / file).parent.mkdir(parents=True, exist_ok=True)
+    (handin / file).write_text(text, "utf-8")
+
+
+def with_function(exercise, code, source=None):
+    """The source of an exercise's file, with code in place of its function."""
+    source = source or (ROOT / exercise.file).read_text("utf-8")
+    node = grading.find_function(source, exercise.function, exercise.file)
+    lines = source.split("\n")
+    code = "\n".join(" " * node.col_offset + line for line in code.strip().split("\n"))
+    return "\n".join([*lines[: node.lineno - 1], code, *lines[node.end_lineno :]])
+
+
+def call_course(monkeypatch, *args):
+    """The command line, in this process: what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["course.py", *map(str, args)])
+    with pytest.raises(SystemExit) as stopped:
+        course.run_script(course.main)
+    return stopped.value.code
+
+
+# ---------------------------------------------------------------------------------------------
+# Exercises
+
+
+def test_every_exercise_is_complete():
+    assert len(BY_NAME) == len(EXERCISES) and sum(e.points for e in EXERCISES) == 100
+    assert [e.week for e in EXERCISES] == sorted(e.week for e in EXERCISES)
+    for e in EXERCISES:
+        assert e.questions and all(q.strip()[-1] in ".?" and key for q, key in e.questions), e.name
+        assert e.minutes > 0 and all(weight > 0 and hint for weight, hint in e.tests.values())
+        for test in e.tests:
+            file, _, name = test.partition("::")
+            assert f"def {name}(" in (HERE / file).read_text("utf-8"), test
+
+
+@pytest.mark.parametrize("e", EXERCISES, ids=lambda e: e.name)
+def test_a_blank_keeps_signature_docstring_and_all_else(e):
+    source = (ROOT / e.file).read_text("utf-8")
+    blank = course.blank(source, e)
+    before, after = (grading.find_function(s, e.function, e.file) for s in (source, blank))
+    assert ast.unparse(before.args) == ast.unparse(after.args)
+    assert ast.get_docstring(before) == ast.get_docstring(after) is not None
+    assert ast.unparse(after.body[-1]) == f"raise NotImplementedError('{e.name}: your code here')"
+    assert len(after.body) == e.keep + 2 <= len(before.body)
+    emptied = []
+    for text in (source, blank):
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.lineno == before.lineno:
+                node.body = []
+        emptied.append(ast.dump(tree))
+    assert emptied[0] == emptied[1]
+
+
+def test_known_mistakes_change_what_the_function_returns_and_differ_from_each_other():
+    names = [e.name for e in EXERCISES]
+    notes, stopped = grading.in_process(grading.right_answers, names, "s", seconds=300)
+    assert not stopped
+    answers = {}
+    for name, kind, _, value in notes:
+        answers.setdefault(name, {}).setdefault(kind, []).append(value)
+    for e in EXERCISES:
+        right = answers[e.name]["public"]
+        assert not [value for value in right if isinstance(value, dict) and "error" in value]
+        assert not grading.same(right, answers[e.name]["hidden"]) or e.name in ("lr_at",)
+        for number, (sentence, _) in enumerate(e.mistakes):
+            wrong = answers[e.name][number]
+            assert not grading.same(wrong, right), f"{e.name}: {sentence}"
+            for other in range(number):
+                assert not grading.same(wrong, answers[e.name][other]), f"{e.name}: {sentence}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The students' copy
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """All exercises blank, in a folder with a space in its path."""
+    where = tmp_path_factory.mktemp("a course") / "copy"
+    course.student_copy(where, range(1, 10), "7")
+    return where
+
+
+def test_a_students_copy_has_no_solution_key_mutant_or_history(copy):
+    project = [*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py")]
+    everywhere = "\n".join(path.read_text("utf-8") for path in project)
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    texts = [path.read_text("utf-8") for path in files if path.suffix in (".py", ".md", ".json")]
+    handed_out = "\n".join(texts)
+    for e in EXERCISES:
+        text = grading.function_text(e)
+        body = ast.parse(textwrap.dedent(text)).body[0].body[e.keep + 1 :]
+        lines = text.split("\n")[body[0].lineno - 1 :]
+        own = [x.strip() for x in lines if len(x.strip()) > 25 and everywhere.count(x.strip()) == 1]
+        assert own and not [line for line in own if line in handed_out], e.name
+        assert not [key for _, key in e.questions if key[:40] in handed_out]
+    assert not [mutant for mutant in MUTANTS if mutant.symptom in handed_out]
+    names = {path.relative_to(copy).as_posix() for path in files}
+    secret = r"mutants|exercises\.py|course|grading|leaderboard|labs|\.git/|broken\.(csv|png)"
+    assert not [name for name in names if re.search(f"tests/({secret})|{secret}", name)]
+
+
+def test_a_students_copy_has_its_tests_a_handout_and_another_town(copy):
+    handout = (copy / "HANDOUT.md").read_text("utf-8")
+    hints = json.loads((copy / "tests/exercises.json").read_text("utf-8"))
+    assert list(hints) == [e.name for e in EXERCISES]
+    for e in EXERCISES:
+        assert f"python tests/try_exercise.py {e.name}`" in handout and e.equation in handout
+        assert all(question in handout for question, _ in e.questions)
+    found = run_python("-m", "pytest", "--collect-only", "-q", cwd=copy).stdout
+    for e in EXERCISES:
+        assert all(f"tests/{test}" in found for test in e.tests), e.name
+    words = [(where / "data/town/words.py").read_text("utf-8") for where in (ROOT, copy)]
+    tables = []
+    for text in words:
+        module = {"__name__": "words"}
+        exec(compile(text, "words.py", "exec"), module)
+        tables.append([tuple(resident) for resident in module["RESIDENTS"]])
+    old, new = tables
+    assert [r[:3] for r in old] == [r[:3] for r in new] and old[:2] == new[:2]
+    for before, after in list(zip(zip(*old), zip(*new)))[3:]:  # places, foods, colours
+        assert sorted(before) == sorted(after) and before != after
+    assert course.other_facts(words[0], "7") == words[1] != course.other_facts(words[0], "8")
+
+
+def test_a_student_tries_an_exercise_and_reads_which_claims_fail(copy):
+    run = run_python("tests/try_exercise.py", "gae", cwd=copy)
+    assert run.returncode == 1 and "Traceback" not in run.stdout + run.stderr
+    assert "FAILS: values outside the response change no advantage" in run.stdout
+    assert "NotImplementedError: gae: your code here (train_ppo.py, line" in run.stdout
+    assert "hint: What the critic says where the mask is 0 is garbage" in run.stdout
+    run = run_python("tests/try_exercise.py", "nothing", cwd=copy)
+    assert run.returncode == 1 and run.stderr.startswith("there is no exercise nothing: there are")
+
+
+def test_earlier_weeks_are_solved_and_later_ones_blank(tmp_path):
+    course.student_copy(tmp_path / "copy", range(4, 6), "")
+    for e in EXERCISES:
+        text = (tmp_path / "copy" / e.file).read_text("utf-8")
+        assert (f"{e.name}: your code here" in text) == (e.week >= 4)
+    hints = json.loads((tmp_path / "copy/tests/exercises.json").read_text("utf-8"))
+    assert list(hints) == [e.name for e in EXERCISES if e.week in (4, 5)]
+    with pytest.raises(SystemExit, match="is there already, and not empty"):
+        course.student_copy(tmp_path / "copy", range(4, 6), "")
+
+
+@pytest.mark.thorough
+def test_all_tests_of_the_town_pass_in_another_town(tmp_path):
+    where = tmp_path / "copy"
+    course.copy_project(where)
+    course.edit(where / "data/town/words.py", lambda text: course.other_facts(text, "3"))
+    for path in HERE.glob("*.py"):
+        (where / "tests").mkdir(exist_ok=True)
+        (where / "tests" / path.name).write_bytes(path.read_bytes())
+    files = ["test_town.py", "test_chat.py", "test_preferences.py", "test_scripts.py"]
+    run = run_python("-m", "pytest", "-q", *(f"tests/{file}" for file in files), cwd=where)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------
+# Grading
+
+
+def test_the_project_itself_gets_every_point():
+    results = grading.grade(ROOT, [e.name for e in EXERCISES], "s")
+    assert [r["name"] for r in results if r["status"] != "passed"] == []
+    assert sum(r["score"] for r in results) == pytest.approx(100)
+
+
+# How students get it wrong: (exercise, their function, what they are told).
+WRONG = [
+    (
+        "gae",
+        """
+def gae(rewards, values, mask, gamma, lam):
+    advantages = torch.zeros_like(rewards)
+    running = 0
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        following = values[:, t + 1] if t + 1 < rewards.shape[1] else 0
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        running = (delta + gamma * lam * running) * mask[:, t]
+        advantages[:, t] = running
+    return advantages, (advantages + values) * mask
+""",
+        "The value of padding is taken as next value",
+    ),
+    (
+        "policy_loss",
+        """
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+    return torch.min(-ratio * advantages, -clipped * advantages), ratio
+""",
+        "The minimum of two losses",
+    ),
+    (
+        "policy_loss",
+        """
+def policy_loss(logprobs, old_logprobs, advantages, clip):
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = torch.clamp(ratio, 1 - clip, 1 + clip)
+    return -torch.min(ratio * advantages, clipped * advantages).mean(), ratio
+""",
+        "You return the mean: a loss per token",
+    ),
+    (
+        "dpo_loss",
+        """
+def dpo_loss(logprobs, ref_logprobs, lengths, cfg):
+    h = (logprobs[0] - ref_logprobs[0]) - (logprobs[1] - ref_logprobs[1])
+    return -F.logsigmoid(cfg.beta * h).mean()
+""",
+        "Only DPO, and its mean",
+    ),
+    (
+        "dpo_loss",
+        """
+def dpo_loss(logprobs, ref_logprobs, lengths, cfg):
+    return -F.logsigmoid(cfg.beta * (logprobs[0] - logprobs[1]))
+""",
+        "The reference is left out",
+    ),
+    (
+        "sft_loss",
+        """
+def sft_loss(model, tokens, mask, reduction="mean"):
+    logits = model(tokens) @ model.head.T
+    return F_cross_entropy(logits[mask], tokens[mask], reduction=reduction)
+""".replace("F_cross", "torch.nn.functional.cross"),
+        "Not shifted",
+    ),
+    (
+        "sft_loss",
+        """
+def sft_loss(model, tokens, mask, reduction="mean"):
+    hidden = model(tokens[:, :-1]).flatten(0, 1)
+    return linear_cross_entropy(hidden, model.head, tokens[:, 1:].flatten(), reduction=reduction)
+""",
+        "The mask is left out",
+    ),
+    (
+        "preference_loss",
+        """
+def preference_loss(chosen_scores, rejected_scores):
+    return -torch.log(torch.sigmoid(chosen_scores - rejected_scores)).mean()
+""",
+        "log(sigmoid(x)) is -inf",
+    ),
+    (
+        "preference_loss",
+        """
+def preference_loss(chosen_scores, rejected_scores):
+    return -F.logsigmoid(rejected_scores - chosen_scores).mean()
+""",
+        "The sign is swapped",
+    ),
+    (
+        "attention",
+        """
+def forward(self, x, layer=None, cache=None, positions=None, mask=None):
+    B, T, C = x.shape
+    q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+    if cache is not None:
+        k, v = cache.update(layer, positions, mask, k, v)
+    scores = q @ k.transpose(2, 3)
+    if mask is None:
+        later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    else:
+        scores = scores + mask
+    return self.c_proj((scores.softmax(3) @ v).transpose(1, 2).reshape(B, T, C))
+""",
+        "The scale is missing",
+    ),
+    (
+        "attention",
+        """
+def forward(self, x, layer=None, cache=None, positions=None, mask=None):
+    B, T, C = x.shape
+    hs = C // self.n_head
+    q, k, v = self.c_attn(x).split(C, dim=2)
+    q, k, v = (part.view(B, T, self.n_head, hs).transpose(1, 2) for part in (q, k, v))
+    scores = q @ k.transpose(2, 3) / hs**0.5
+    scores = scores.masked_fill(torch.tril(torch.ones(T, T)) == 0, float("-inf"))
+    return self.c_proj((scores.softmax(3) @ v).transpose(1, 2).reshape(B, T, C))
+""",
+        "The cache is left out",
+    ),
+]
+
+
+FIRST = {name: (code, hint) for name, code, hint in reversed(WRONG)}
+SECOND = {name: (code, hint) for name, code, hint in WRONG if (code, hint) != FIRST[name]}
+
+
+@pytest.mark.parametrize("answers", [FIRST, SECOND], ids=["first", "second"])
+def test_each_of_eleven_typical_wrong_answers_loses_points_and_is_told_why(tmp_path, answers):
+    assert len(FIRST) + len(SECOND) == 11
+    handin = tmp_path / "hand in"
+    for name, (code, _) in answers.items():
+        path = handin / BY_NAME[name].file
+        source = path.read_text("utf-8") if path.exists() else None
+        put(handin, BY_NAME[name].file, with_function(BY_NAME[name], code, source))
+    results = grade(handin, answers)
+    for name, (_, hint) in answers.items():
+        said = results[name]["output"]
+        assert hint in said and "FAILS:" in said and "hint:" in said, said
+        assert "the smallest case: " in said and "expected" in said and "got" in said
+        assert results[name]["score"] < results[name]["max_score"]
+        assert results[f"{name}, hidden"]["score"] < results[f"{name}, hidden"]["max_score"]
+
+
+HOSTILE = """
+def preference_loss(chosen_scores, rejected_scores):
+    {}
+    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+"""
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("open('gpt.py', 'w').write('')", "PermissionError: gpt.py may not be written"),
+        ("import socket; socket.create_connection(('192.0.2.1', 80))", "socket.getaddrinfo is not"),
+        ("import subprocess; subprocess.run(['ls'])", "subprocess.Popen is not allowed"),
+        ("import os; os.kill(os.getppid(), 9)", "os.kill is not allowed here"),
+        ("torch.zeros(2**33)", "allocate memory"),
+        ("while True: pass", "stopped after 2 seconds: does a loop ever end?"),
+        ("import os; os._exit(0)", "the process ended before its tests did (exit code 0)"),
+        ("return helper(chosen_scores)", "NameError: name 'helper' is not defined; only the func"),
+        ("return chosen_scores.mean().item()", "AttributeError: 'float' object has no attribute"),
+    ],
+)
+def test_what_a_function_does_to_the_grader_fails_and_is_said(tmp_path, line, said):
+    handin = tmp_path / "handin"
+    e = BY_NAME["preference_loss"]
+    put(handin, e.file, with_function(e, HOSTILE.format(line)))
+    visible, hidden = grading.grade(handin, [e.name], "s", seconds=2 if "while" in line else 60)
+    assert said in visible["output"], visible["output"]
+    assert visible["score"] == hidden["score"] == 0
+
+
+def test_one_broken_file_costs_its_exercises_alone(tmp_path):
+    """A syntax error, a missing file, a missing function, code outside of it, a flat hand-in."""
+    handin = tmp_path / "handin"
+    put(handin, "train_rm.py", (ROOT / "train_rm.py").read_text("utf-8").replace("):", ")", 1))
+    put(handin, "train_dpo.py", "raise SystemExit('nothing outside of a function is run')\n\n")
+    with open(handin / "train_dpo.py", "a", encoding="utf-8") as file:
+        file.write(grading.function_text(BY_NAME["sequence_logprobs"]))
+    put(handin, "chat.py", (ROOT / "data/chat.py").read_text("utf-8"))  # not in data/
+    names = "encode_chat,sft_loss,preference_loss,sequence_logprobs,dpo_loss"
+    results = grade(handin, names.split(","))
+    assert results["encode_chat"]["status"] == results["sequence_logprobs"]["status"] == "passed"
+    said = {name: test["output"] for name, test in results.items() if test["score"] == 0}
+    assert re.fullmatch(r"train_rm.py, line \d+: expected ':'", said["preference_loss"])
+    assert said["sft_loss"] == "train_sft.py is missing: hand it in under this name"
+    assert said["dpo_loss"].startswith("train_dpo.py has no dpo_loss: keep the names")
+    assert len(said) == 6  # visible and hidden
+    assert {test["visibility"] for test in results.values()} == {"visible", "after_due_date"}
+
+
+def test_github_sees_the_visible_tests_a_summary_and_an_exit_code(tmp_path, monkeypatch, capsys):
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    e = BY_NAME["lr_at"]
+    for code, text in (
+        (0, None),
+        (1, "def lr_at(step, steps, warmup, floor=0.0):\n    return 1.0"),
+    ):
+        handin = tmp_path / f"handin {code}"
+        put(handin, e.file, with_function(e, text) if text else (ROOT / e.file).read_text("utf-8"))
+        args = types.SimpleNamespace(secret="s", results=None, github=True)
+        assert course.grade_handin(handin, [e], args) == code
+    said = capsys.readouterr().out
+    assert "1.8 of 1.8 points" in said and "0.0 of 1.8 points" in said and "hidden" not in said
+    assert "| lr_at (data/run.py: lr_at) | 0.0 | 1.8 |" in summary.read_text("utf-8")
+    assert "hint: Linear up to 1" in summary.read_text("utf-8")
+
+
+def test_hidden_tests_follow_from_the_secret_and_public_ones_do_not():
+    e, found = BY_NAME["gae"], {}
+    for seed in ("", "a", "b", "a"):
+        texts = []
+        grading.run_cases(e, seed, lambda text, value, texts=texts: texts.append(text))
+        assert found.setdefault(seed, texts) == texts
+    assert len({tuple(texts) for texts in found.values()}) == 3
+
+
+@pytest.mark.thorough
+def test_nineteen_in_twenty_mutants_of_an_exercise_lose_points(tmp_path):
+    """In rounds: one mutant of every function that has so many."""
+    mutants = {e.name: grading.mutants_of(e) for e in EXERCISES}
+    lost = {}
+    for number in range(max(map(len, mutants.values()))):
+        handin = tmp_path / str(number)
+        names = [name for name, some in mutants.items() if len(some) > number]
+        for name in names:
+            e, mutant = BY_NAME[name], mutants[name][number]
+            path = handin / e.file
+            source = path.read_text("utf-8") if path.exists() else None
+            code = grading.function_text(e).replace(mutant.right, mutant.wrong)
+            put(handin, e.file, with_function(e, textwrap.dedent(code), source))
+        for result in grading.grade(handin, names, "s"):
+            if result["score"] < result["max_score"]:
+                lost.setdefault((result["name"].split()[0], number), result["output"])
+    everything = [(name, n) for name, some in mutants.items() for n in range(len(some))]
+    kept = [mutants[name][n].wrong for name, n in everything if (name, n) not in lost]
+    assert len(everything) >= 35 and len(kept) <= 0.05 * len(everything), kept
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_blank_fails_its_own_exercise_and_no_other(tmp_path, odd):
+    sources = {e.file: (ROOT / e.file).read_text("utf-8") for e in EXERCISES}
+    blanks = EXERCISES[odd::2]
+    for e in blanks:
+        sources[e.file] = course.blank(sources[e.file], e)
+    for file, text in sources.items():
+        put(tmp_path / "handin", file, text)
+    results = grading.grade(tmp_path / "handin", [e.name for e in EXERCISES], "s")
+    for e, visible, hidden in zip(EXERCISES, results[::2], results[1::2]):
+        expected = 0 if e in blanks else e.points
+        assert visible["score"] + hidden["score"] == pytest.approx(expected), visible
+
+
+def test_an_autograder_for_gradescope_is_one_zip(tmp_path):
+    course.pack_gradescope(tmp_path / "grader.zip", range(4, 6), "term 3")
+    with zipfile.ZipFile(tmp_path / "grader.zip") as file:
+        run = file.read("run_autograder").decode()
+        assert "--weeks 4-5 --secret 'term 3' --results /autograder/results/results.json" in run
+        assert file.getinfo("run_autograder").external_attr >> 16 & 0o111
+        assert "\r" not in run + file.read("setup.sh").decode()
+        file.extractall(tmp_path / "unpacked")
+    put(tmp_path / "handin", "train_sft.py", (ROOT / "train_sft.py").read_text("utf-8"))
+    where = tmp_path / "unpacked/project"
+    options = ["--grade", tmp_path / "handin", "--exercise", "sft_loss"]
+    run = run_python("tests/course.py", *options, cwd=where)
+    assert run.stdout.endswith("6.0 of 6.0 points\n"), run.stdout + run.stderr
+
+
+def test_checkpoints_are_packed_where_a_copy_looks_for_them(tmp_path):
+    for name in ("pretrain", "sft", "rm", "ppo", "dpo"):
+        put(tmp_path, f"out/{name}/ckpt.pt", name)
+    with pytest.raises(SystemExit, match="there is no .*preferences.jsonl: run the seven"):
+        course.pack_checkpoints(tmp_path / "c.zip", tmp_path / "out")
+    put(tmp_path, "out/preferences.jsonl", "{}")
+    course.pack_checkpoints(tmp_path / "c.zip", tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "c.zip") as file:
+        assert file.read("out/sft/ckpt.pt") == b"sft" and len(file.namelist()) == 6
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--weeks 44 --student x", "--weeks 44: exercises are in the weeks 1-9; write 3, or 1-3"),
+        ("--weeks two --student x", "--weeks two: exercises are in"),
+        ("--grade nowhere", "--grade nowhere: there is no such folder"),
+        ("--grade tests --exercise gae,x", "--exercise x: there are train_bpe, attention"),
+        ("--bug-hunt ada --grade tests", "--bug-hunt needs --secret"),
+        ("--bug-hunt ada --secret s --grade nowhere", "--grade nowhere: there is no such folder"),
+        ("--gradescope x.zip", "--gradescope needs --secret"),
+        ("--curves nowhere/x.png", "--curves nowhere/x.png: there is no folder nowhere"),
+        ("--leaderboard tests", "--leaderboard tests: there is no train_ppo.py in it"),
+        ("--leaderboard . --out nowhere", "there is no nowhere/sft/ckpt.pt: run the seven"),
+        ("--student tests", "tests is there already, and not empty"),
+    ],
+)
+def test_bad_input_gets_one_line(monkeypatch, args, message):
+    monkeypatch.chdir(ROOT)
+    said = call_course(monkeypatch, *args.split())
+    assert str(said).startswith(message) and "\n" not in str(said)
+
+
+# ---------------------------------------------------------------------------------------------
+# Bug hunts and curves
+
+
+def test_bugs_follow_from_identity_and_secret_and_lie_in_three_files():
+    hunts = [
+        course.three_bugs(who, secret) for who, secret in (("ada", "s"), ("bob", "s"), ("ada", "t"))
+    ]
+    assert course.three_bugs("ada", "s") == hunts[0]
+    assert hunts[0] != hunts[1] != hunts[2] != hunts[0]
+    for hunt in hunts:
+        assert len({mutant.file for mutant, _ in hunt}) == 3
+        for mutant, name in hunt:
+            source = (ROOT / mutant.file).read_text("utf-8")
+            mutated = source.replace(mutant.right, mutant.wrong)
+            texts = [ast.dump(dict(course.functions(s))[name]) for s in (source, mutated)]
+            assert texts[0] != texts[1]
+
+
+@pytest.fixture(scope="module")
+def hunt(tmp_path_factory):
+    where = tmp_path_factory.mktemp("a hunt") / "copy"
+    course.hunt_copy(where, "ada", "s")
+    return where
+
+
+def test_a_hunt_cannot_be_solved_by_comparing_files(hunt):
+    bugs = course.three_bugs("ada", "s")
+    for mutant, _ in bugs:
+        mine, theirs = (
+            ast.unparse(ast.parse((where / mutant.file).read_text("utf-8"))).split("\n")
+            for where in (ROOT, hunt)
+        )
+        assert len(set(theirs) - set(mine)) >= 6, mutant.file  # one of them is the bug
+    names = [path.name for path in hunt.rglob("*")]
+    assert "mutants.py" not in names and "bugs.py" not in names
+    assert not [name for name in names if name.startswith("test_")]
+
+
+@pytest.mark.thorough
+def test_files_that_are_turned_round_mean_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "three_bugs", lambda identity, secret: [])
+    course.hunt_copy(tmp_path / "copy", "ada", "s")
+    tests = ["test_gpt", "test_losses", "test_ppo", "test_chat", "test_tokenizer", "test_kernels"]
+    for path in HERE.glob("*.py"):
+        (tmp_path / "copy/tests" / path.name).write_bytes(path.read_bytes())
+    files = [f"tests/{name}.py" for name in [*tests, "test_town", "test_scripts"]]
+    run = run_python("-m", "pytest", "-q", *files, cwd=tmp_path / "copy")
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+GOOD_TEST = """
+import torch
+import gpt, train_rm, train_sft, train_dpo, train_ppo, train_pretrain, data.chat
+
+def test_it(tiny, tokenizer):
+"""
+
+
+@pytest.mark.thorough
+def test_a_hunt_is_graded_by_place_and_by_a_test_that_fails_on_the_bug_alone(
+    tmp_path, monkeypatch, capsys
+):
+    zoo = [
+        (m, n)
+        for m in MUTANTS
+        for n in ("preference_loss", "sft_loss", "lr_at")
+        if (
+            "-F.logsigmoid(rejected" in m.wrong
+            if n == "preference_loss"
+            else "tokens[:, :-1], mask[:, :-1]" in m.wrong
+            if n == "sft_loss"
+            else "up = step /" in m.wrong
+        )
+    ]
+    assert len(zoo) == 3
+    monkeypatch.setattr(course, "three_bugs", lambda identity, secret: zoo)
+    tests = [
+        '"""train_rm.py: preference_loss\n\nIt is swapped."""'
+        + GOOD_TEST
+        + "    assert train_rm.preference_loss(torch.ones(1), torch.zeros(1)) < 0.5\n",
+        '"""train_sft.py: main\n\nWho knows."""' + GOOD_TEST + "    assert False\n",
+        '"""data/run.py: lr_at\n\nWho knows."""' + GOOD_TEST + "    assert True\n",
+    ]
+    for number, text in enumerate(tests, 1):
+        put(tmp_path / "hand in", f"test_bug_{number}.py", text)
+    args = types.SimpleNamespace(secret="s", results=tmp_path / "results.json")
+    course.grade_hunt(tmp_path / "hand in", "ada", args)
+    results = json.loads(args.results.read_text("utf-8"))["tests"]
+    assert [test["score"] for test in results] == [3, 0, 1]
+    said = capsys.readouterr().out
+    assert "to be read: It is swapped." in said
+    assert "the test fails on the project without a bug" in said
+    assert "the test passes on the bug, too: it does not notice it" in said
+
+
+def test_curves_have_no_names_and_a_key_by_seed(tmp_path, capsys):
+    course.curves(tmp_path / "curves.png", "1")
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+    key = capsys.readouterr().out.strip().split("\n")
+    orders = [[name for name, _ in course.shuffled_runs(seed)] for seed in ("1", "2")]
+    assert key == [f"{letter}  {name}" for letter, name in zip("ABCDEFG", orders[0])]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert "as it should be" in orders[0] and len(orders[0]) == 7
+
+
+# ---------------------------------------------------------------------------------------------
+# The leaderboard
+
+
+def tiny_script(stage):
+    """A training script whose defaults are those of the tests' tiny runs."""
+    text = (ROOT / f"train_{stage}.py").read_text("utf-8")
+    for name, value in TINY[stage].items():
+        text, n = re.subn(rf"^(    {name}: \S+) = \S+", rf"\1 = {value!r}", text, flags=re.M)
+        assert n == 1 or "bool | None" in text, name
+    return text
+
+
+@pytest.fixture(scope="module")
+def base(chain, tmp_path_factory):
+    """A folder of finished tiny runs, where the grader finds them."""
+    return chain
+
+
+@pytest.fixture
+def few_prompts(monkeypatch):
+    monkeypatch.setattr(leaderboard, "PROMPTS", 20)
+
+
+def run_leaderboard(tmp_path, chain, stage, text, budget=None):
+    """The exit code, and results.json."""
+    put(tmp_path / "hand in", f"train_{stage}.py", text)
+    results = tmp_path / "results.json"
+    code = leaderboard.leaderboard(tmp_path / "hand in", stage, chain, "s", results, budget)
+    return code, json.loads(results.read_text("utf-8"))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("stage", ["ppo", "dpo"])
+def test_a_script_is_rerun_and_measured(tmp_path, chain, few_prompts, capsys, stage):
+    code, results = run_leaderboard(tmp_path, chain, stage, tiny_script(stage))
+    said = capsys.readouterr().out
+    assert code == 0 and "baseline       gold" in said and "forward passes" in said, said
+    gold, kl = results["leaderboard"]
+    assert abs(gold["value"]) < 5 and kl["value"] < 2
+    passes = int(said.split()[-3].replace(",", ""))
+    assert 1000 < passes < leaderboard.BUDGET[stage]
+    code, results = run_leaderboard(tmp_path, chain, stage, tiny_script(stage), passes * 0.9)
+    assert code == 1 and results["output"].startswith("over the budget of")
+
+
+CHEATS = {
+    "reads gold": (
+        "from data.town.gold import gold as g; g(None, 'x')",
+        "data.town.gold.gold is closed while the leaderboard trains",
+    ),
+    "reads the grader's gold": (
+        f"open({str(ROOT / 'data/town/gold.py')!r}).read()",
+        "gold.py is closed",
+    ),
+    "trains on the test split": (
+        "from data.town.tasks import draw_tasks as d; d(9, 'x', split='test')",
+        "data.town.tasks.draw_tasks is closed while the leaderboard trains",
+    ),
+    "writes results": ("open('../results.json', 'w').write('{}')", "may not be written"),
+    "changes the grader": (
+        f"open({str(HERE / 'leaderboard.py')!r}, 'a').write('#')",
+        "leaderboard.py is closed",
+    ),
+    "starts a program": ("import os; os.system('true')", "os.system is not allowed here"),
+    "takes more passes": (
+        "import torch, gpt; model, _ = gpt.load_model('out/sft/ckpt.pt')\n"
+        "    while True: model(torch.zeros(64, 90, dtype=torch.long))",
+        "over the budget of 4,200,000 forward passes",
+    ),
+    "takes more passes and hides it": (
+        "import torch, gpt; model, _ = gpt.load_model('out/sft/ckpt.pt')\n"
+        "    while True:\n"
+        "        try: model(torch.zeros(64, 90, dtype=torch.long))\n"
+        "        except BaseException: pass",
+        "over the budget of 4,200,000 forward passes",
+    ),
+    "leaves another model": (
+        "import torch; torch.save({}, 'out/dpo.pt'); import os; os._exit(0)",
+        "there is no checkpoint out/dpo/ckpt.pt",
+    ),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_cheating_fails_and_is_named(tmp_path, chain, few_prompts, cheat):
+    line, said = CHEATS[cheat]
+    start = "def main(cfg: Config) -> dict:\n"
+    assert start in tiny_script("dpo")
+    text = tiny_script("dpo").replace(start, f"{start}    {line}\n")
+    before = (HERE / "leaderboard.py").read_bytes()
+    code, results = run_leaderboard(tmp_path, chain, "dpo", text)
+    assert code == 1 and said in results["output"], results
+    assert [row["value"] for row in results["leaderboard"]] == ["-", "-"]
+    assert (HERE / "leaderboard.py").read_bytes() == before
+
+
+@pytest.mark.thorough
+def test_the_arena_has_no_answers_no_gold_and_nothing_of_the_test_split(tmp_path, chain):
+    from data.files import held_out, read_rows
+
+    leaderboard.build_arena(tmp_path / "arena", ROOT / "train_ppo.py", chain, "ppo", "s")
+    rows = read_rows(tmp_path / "arena/out/preferences.jsonl")
+    _, test = held_out(read_rows(chain / "preferences.jsonl"))
+    asked = {str(row["messages"]) for row in test}
+    assert rows and not [row for row in rows if str(row["messages"]) in asked]
+    assert {name for row in rows for name in row} - {"where"} == {
+        "messages",
+        "chosen",
+        "rejected",
+        "sampled_from",
+    }
+    prompts = read_rows(tmp_path / "arena/prompts.jsonl")
+    assert {name for row in prompts for name in row} == {"messages", "where"}
+    assert not list((tmp_path / "arena").rglob("mutants.py"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Labs
+
+LABS = {  # patch -> the command of tests/README.md, with tiny options
+    "lora": ("train_dpo.py", "dpo", {"rank": 2, "name": "lora"}),
+    "kto": ("train_dpo.py", "dpo", {"loss": "kto", "name": "kto"}),
+    "best_of_n": ("train_sft.py", "sft", {"best_of": 2, "name": "best", "demonstrations": 40}),
+    "fill_in_the_middle": ("train_pretrain.py", "pretrain", {"fim": 0.5, "name": "fim"}),
+    "distil": ("train_pretrain.py", "pretrain", {"name": "small", "n_embd": 16}),
+    "new_task": ("train_sft.py", "sft", {"tasks": "sort", "name": "sort"}),
+    "soft_prompt": ("soft_prompt.py", "", {"tokens": 2, "examples": 20, "steps": 3}),
+}
+
+
+def patched(where, name):
+    """A copy of the project with the patch of a lab."""
+    course.copy_project(where)
+    patch = HERE / "labs" / f"{name}.patch"
+    subprocess.run(["git", "init", "-q"], cwd=where, check=True)
+    subprocess.run(["git", "apply", patch], cwd=where, check=True)
+    return where
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_the_patch_of_a_lab_applies_and_the_guide_explains_it(tmp_path, name):
+    where = patched(tmp_path / "copy", name)
+    text = (HERE / "labs" / f"{name}.patch").read_text("utf-8")
+    for file in re.findall(r"^\+\+\+ b/(.+)$", text, re.M):
+        source = (where / file).read_text("utf-8")
+        compile(source, file, "exec")
+        assert max(map(len, source.split("\n"))) <= 100
+    assert f"labs/{name}.patch" in (HERE / "README.md").read_text("utf-8")
+    assert {path.stem for path in (HERE / "labs").glob("*.patch")} == set(LABS)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", LABS)
+def test_a_lab_runs(tmp_path, chain, name):
+    where = patched(tmp_path / "copy", name)
+    script, stage, options = LABS[name]
+    if stage:
+        options = {**TINY[stage], "out": str(chain), **options}
+    else:
+        options |= {"init": str(chain / "pretrain/ckpt.pt")}
+    if name == "best_of_n":
+        options["init"] = str(chain / "sft/ckpt.pt")
+    if name == "distil":
+        options["teacher"] = str(chain / "pretrain/ckpt.pt")
+    run = run_python(script, *as_options(options), cwd=where)
+    assert run.returncode == 0, run.stderr
+    if name == "lora":
+        assert "weights are trained" in run.stdout
+    if name == "kto":
+        run = run_python(script, *as_options({**options, "loss": "orpo"}), cwd=where)
+        assert run.returncode == 0, run.stderr
+    if name == "soft_prompt":
+        assert re.search(r"written template \d.\d\d, 2 soft tokens", run.stdout)
