@@ -1004,7 +1004,12 @@ def test_ever_more_pairs_and_wrong_labels_reach_reward_model_and_policies(
         assert (
             rm.options["epochs"] * int(count) >= 8000 and job.options["epochs"] * int(count) >= 4000
         )
-    assert [line.get_label() for line in drawn[0][1].axes[2].lines] == ["ppo", "dpo"]
+    accuracy, _, gold = drawn[0][1].axes[:3]
+    labels = [line.get_label() for line in gold.lines]
+    assert labels[::2] == ["ppo", "dpo"] and all("flipped" in label for label in labels[1::2])
+    clean, wrong = accuracy.lines
+    counts = [float(count) for count in [*counts, "9000"]]
+    assert clean.get_xdata().tolist() == counts and wrong.get_xdata().tolist() == [9000.0]
 
 
 def test_a_reward_model_is_judged_on_held_out_pairs_with_their_own_labels(monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 from data.chat import encode_prompt, encode_reply
 from data.experiments.base import Base
 from data.experiments.jobs import run_jobs
-from data.experiments.plots import STYLE, UNITS, band_panels, grouped, save, write_csv
+from data.experiments.plots import STYLE, UNITS, band, grouped, panels, save, write_csv
 from data.files import held_out, read_preferences, write_rows
 from data.metrics import judge
 from gpt import ScalarModel, load_model
@@ -99,15 +99,28 @@ def judge_pairs(base: Base, reward_model: Path) -> dict:
 
 
 def draw_pairs(rows: list[dict], path: Path):
-    """Accuracy and calibration of the reward model, and gold, against the number of pairs."""
-    methods = grouped([row for row in rows if not row["flipped"]], "method")
-    lines = [(name, methods[name], {**STYLE[name], "ms": 4}) for name in ("ppo", "dpo")]
-    units = {
-        "accuracy": "held-out accuracy of the reward model",
-        "ece": "its expected calibration error",
-        "gold": UNITS["gold"],
-    }
-    figure, axes = band_panels(lines, "pairs", units, "pairs (logarithmic)")
-    for axis in axes:
-        axis.set_xscale("log")
-    save(figure, path)
+    """Accuracy and calibration of the reward model, and gold, against the number of pairs; hollow
+    where a quarter of the labels is flipped."""
+    figure, axes = panels(3, 3)
+    methods = grouped(rows, "method")
+    lines = [  # panel, column, rows, what they are
+        (axes[0], "accuracy", methods["ppo"], "reward model", {"color": "black", "marker": "D"}),
+        (axes[1], "ece", methods["ppo"], "reward model", {"color": "black", "marker": "D"}),
+        (axes[2], "gold", methods["ppo"], "ppo", STYLE["ppo"]),
+        (axes[2], "gold", methods["dpo"], "dpo", STYLE["dpo"]),
+    ]
+    for axis, column, some, label, style in lines:
+        style = {**style, "ms": 5}
+        clean = [row for row in some if not row["flipped"]]
+        band(axis, clean, "pairs", column, label=label, **style)
+        wrong = [row for row in some if row["flipped"]]
+        y = np.mean([row[column] for row in wrong])
+        label = f"{label}, a quarter of the labels flipped"
+        axis.plot(wrong[0]["pairs"], y, ls="", mfc="none", label=label, **style)
+    units = ["held-out accuracy", "expected calibration error", UNITS["gold"]]
+    for axis, unit in zip(axes, units):
+        axis.set(xlabel="pairs (logarithmic)", ylabel=unit, xscale="log")
+        axis.set_xticks(counts := list(grouped(rows, "pairs")), [f"{n:,.0f}" for n in counts])
+        axis.minorticks_off()
+    axes[2].legend(fontsize=7)
+    save(figure, path, columns=2)
