@@ -1,7 +1,7 @@
 """What alignment does, measured: how far one can get, what it costs, how it fails.
 
     python -m data.experiments --quick            one seed, fewer settings: about half an hour
-    python -m data.experiments                    three seeds: about three hours on two cores
+    python -m data.experiments                    three seeds: three to four hours on two cores
     python -m data.experiments --only tasks,broken            one or some of these:
 
     frontier           PPO, RLOO, DPO, IPO and best-of-n on a plot of gold against KL, under the
