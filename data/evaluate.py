@@ -365,22 +365,27 @@ def evaluate(cfg: Config) -> dict:
         report["stages"][label] = numbers
         replies = speaker.answer(shown_prompts, cfg.max_new_tokens, cfg.seed, temperature=1.0)
         shown[label] = [reply.text for reply in replies]
+    write_report(report, shown_prompts, shown, out)
+    return report
 
+
+def write_report(report: dict, prompts: list[list[dict]], shown: dict[str, list[str]], out: Path):
+    """Write the files of REPORT, which take their places when all of them are whole.
+
+    shown: what each model says to each of the prompts; the page has those of SHOWN, which come
+    first, the details have the others.
+    """
+    n = len(SHOWN)
+    first, others = ({k: v[some] for k, v in shown.items()} for some in (slice(n), slice(n, None)))
     with tempfile.TemporaryDirectory(dir=out, prefix="report.") as folder:
         new = Path(folder)
         (new / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        n = len(SHOWN)
-        first, others = (
-            {k: v[some] for k, v in shown.items()} for some in (slice(n), slice(n, None))
-        )
-        text = page(report, shown_prompts[:n], first)
-        (new / "report.md").write_text(text, encoding="utf-8")
-        text = details(report, shown_prompts[n:], others)
+        (new / "report.md").write_text(page(report, prompts[:n], first), encoding="utf-8")
+        text = details(report, prompts[n:], others)
         (new / "report_details.md").write_text(text, encoding="utf-8")
         draw_report(report, new / "report.png")
-        for name in REPORT:  # once all are whole
+        for name in REPORT:
             os.replace(new / name, out / name)
-    return report
 
 
 # ---------------------------------------------------------------------------------------------

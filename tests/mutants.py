@@ -94,7 +94,7 @@ MUTANTS = [
     ),
     Bug(
         "gpt.py",
-        "hidden[torch.arange(len(idx)), lengths[group] - 1]",
+        "hidden[torch.arange(len(group)), ends]",
         "hidden[:, -1]",
         "The longest prompt of a batch is answered well, shorter ones as if they were garbled.",
         "minimind (#541)",
@@ -118,11 +118,19 @@ MUTANTS = [
     ),
     Bug(
         "gpt.py",
-        "hidden = forward(idx, cache.rows(group))",
-        "hidden = forward(idx, cache.rows(slice(len(idx))))",
+        "rows = slice(first, first + len(group))",
+        "rows = slice(len(group))",
         "With more than 32 prompts at a time all but the first 32 get garbage for an answer.",
         "common: a slice of a batch written into the rows of the first one",
         "test_gpt.py::test_replies_to_more_prompts_than_are_read_at_a_time_equal_those_to_each_alone",
+    ),
+    Bug(
+        "gpt.py",
+        "row_of = {prompt: row for row, prompt in enumerate(different)}",
+        "row_of = {prompt: row % len(different) for row, prompt in enumerate(map(tuple, prompts))}",
+        "With several responses per prompt, some answer another prompt than their own.",
+        "common: a batch without its repeated rows, indexed by the numbers of the whole one",
+        "test_gpt.py::test_a_prompt_that_gets_several_responses_is_read_once",
     ),
     Bug(
         "gpt.py",

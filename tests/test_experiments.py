@@ -262,6 +262,26 @@ def test_jobs_that_are_done_are_not_run_again(tmp_path, monkeypatch):
     assert ran == ["pretrain", "rm"]
 
 
+def test_a_job_is_done_again_if_a_file_that_it_starts_from_has_changed(tmp_path, monkeypatch):
+    """Here the second of two jobs starts from what the first one makes."""
+    ran, start = [], tmp_path / "pairs.jsonl"
+
+    def run(job):
+        ran.append(job.stage)
+        job.note.write_text(job.identity)
+        job.result.parent.mkdir(exist_ok=True)
+        job.result.write_text(start.read_text())
+
+    monkeypatch.setattr(Job, "run", run)
+    rm = Job(tmp_path, "rm", {"data": start})
+    both = [rm, Job(tmp_path, "ppo", {"rm": rm.result})]
+    for text, ran_now in (("a", ["rm", "ppo"]), ("a", []), ("b", ["rm", "ppo"])):
+        start.write_text(text)
+        run_jobs(both)
+        assert ran == ran_now
+        ran.clear()
+
+
 def test_a_job_is_a_command_and_is_done_again_only_if_the_command_changes(tmp_path):
     sft = Job(tmp_path, "sft", {"seed": 3, "init": Path("/a/ckpt.pt")})
     out = str(tmp_path.resolve())
@@ -654,7 +674,7 @@ def test_the_frontiers_picture_has_means_over_seeds_and_bars_to_the_extremes(not
         for seed, (kl, gold) in enumerate([(1.0, 0.4), (2.0, 0.6), (6.0, 0.5)])
     ]
     for method in ("exact frontier", "best of n by gold", "best of n by reward model"):
-        for n, kl, gold in ((2, 0.25, 0.5), (4, 1.0, 0.75)):
+        for n, kl, gold in ((8, 0.25, 0.5), (16, 1.0, 0.75)):
             some = {"method": method, "setting": n, "ess": 5 * n}
             for seed in (0, 1):
                 rows.append({**some, "seed": seed, "kl": kl + seed, "gold": gold + seed})
@@ -664,33 +684,33 @@ def test_the_frontiers_picture_has_means_over_seeds_and_bars_to_the_extremes(not
     lines = {line.get_label(): np.transpose(line.get_data()).tolist() for line in axis.lines}
     both = [[0.75, 1.0], [1.5, 1.25]]
     assert lines["exact frontier"] == lines["best of n by gold"] == both
-    assert [text.get_text() for text in axis.texts] == ["2", "4", "0.5"]  # n in blue, beta
+    assert [text.get_text() for text in axis.texts] == ["16", "0.5"]  # n in blue, beta
     (point,) = axis.containers
     (x,), (y,) = point[0].get_data()
     assert (x, y) == (3.0, 0.5) and point.get_label() == "ppo"
     ends = sorted(bar.get_segments()[0].tolist() for bar in point[2])
     np.testing.assert_allclose(ends, [[[1.0, 0.5], [6.0, 0.5]], [[3.0, 0.4], [3.0, 0.6]]])
-    for row in rows:
-        row["ess"] = row["ess"] - 1 if row.get("ess") == 10 else row.get("ess")  # below ten
-    frontier.draw_frontier([r for r in rows if r["ess"] is not None or r["method"] == "ppo"], "y")
-    lines = {line.get_label(): line.get_data() for line in noted[2][1][1].axes[0].lines}
-    assert len(lines["exact frontier"][0]) == 1
+    scale = axis.transData.transform([(kl, 0) for kl in (0, 1, 4, 9)])[:, 0]
+    np.testing.assert_allclose(np.diff(scale), np.diff(scale)[0])  # in steps of the square root
 
 
-def test_safety_is_drawn_over_beta_beside_that_of_sft(noted, tmp_path):
+def test_safety_is_drawn_over_kl_beside_that_of_sft(noted, tmp_path):
     rows = [
         {"method": "sft", "seed": s, "harmful_declined": 0.5 + s / 4, "made_up": s} for s in (0, 1)
     ]
     for beta, seed in itertools.product((0.1, 1.0), (0, 1)):
-        row = {"method": "dpo", "setting": beta, "seed": seed}
-        rows.append({**row, "harmful_declined": beta + seed, "made_up": 5 * beta})
+        row = {"method": "dpo", "setting": beta, "seed": seed, "kl": 2 * beta + seed}
+        rows.append({**row, "harmful_declined": beta / 4 + seed / 2, "made_up": beta / 2})
     frontier.draw_safety(rows, tmp_path / "x.png")
     left, right = noted[2][0][1].axes
-    for axis, means, sft in ((left, [0.6, 1.5], 0.625), (right, [0.5, 5.0], 0.5)):
-        dpo, line = axis.lines
-        assert dpo.get_label() == "dpo" and dpo.get_data()[0].tolist() == [0.1, 1.0]
-        np.testing.assert_allclose(dpo.get_data()[1], means)
-        assert line.get_label() == "sft" and set(line.get_ydata()) == {sft}
+    for axis, means, sft in ((left, [0.275, 0.5], 0.625), (right, [0.05, 0.5], 0.5)):
+        points = [point[0].get_data() for point in axis.containers]
+        np.testing.assert_allclose(
+            np.array(points, float)[:, :, 0], [[0.7, means[0]], [2.5, means[1]]]
+        )
+        assert axis.containers[0].get_label() == "dpo"  # and once is enough
+        assert axis.containers[1].get_label().startswith("_")
+        assert axis.lines[-1].get_label() == "sft" and set(axis.lines[-1].get_ydata()) == {sft}
 
 
 def test_ppo_and_rloo_pay_for_their_reward_model_and_dpo_for_none(noted, tmp_path):
@@ -725,6 +745,10 @@ def test_ppo_and_rloo_pay_for_their_reward_model_and_dpo_for_none(noted, tmp_pat
             "2.5",
         )
 
+        # Gold is half of the step of 40; PPO's, the mean of five iterations, is at their middle.
+        assert float(dpo["millions until 0.5"]) == 500 * 2 / 40  # gold 0, 0.5, 1, ...
+        assert float(ppo["millions until 0.5"]) == 5 + 50 * 3 / 40  # gold 1, 1.5, 2, ...
+
     curves = plots.grouped(read_csv(tmp_path / "cost_curves.csv"), "method", "seed")
     for (method, seed), before, whole in ((("ppo", "1"), 5, 50), (("dpo", "0"), 0, 500)):
         curve = curves[method, seed]
@@ -737,6 +761,13 @@ def test_ppo_and_rloo_pay_for_their_reward_model_and_dpo_for_none(noted, tmp_pat
     assert (x[-1], y[-1]) == (500, 19.5)
     x, y = lines["ppo, after its reward model"]  # the last five of 40 steps are one point
     assert (x[-1], y[-1]) == (pytest.approx(5 + 50 * 38 / 40), 18.5)
+
+
+def test_gold_that_is_never_so_high_took_no_number_of_passes():
+    curve = [{"millions": float(i), "gold": i / 10} for i in range(7)]
+    found = {"millions until 0.5": 5.0, "millions until 0.6": 6.0, "millions until 0.7": None}
+    assert frontier.until(curve, "dpo") == found
+    assert not any(frontier.until(curve, "ppo").values())  # its means of five end at 0.4
 
 
 def test_dpo_fails_and_is_cured_at_these_betas_every_20_steps(noted, tmp_path):
@@ -939,9 +970,7 @@ def test_rows_are_smoothed_over_neighbours():
     assert plots.smoothed(rows, "kl", width=1) == [{"kl": float(i)} for i in range(6)]
 
 
-def test_gold_and_proxy_are_drawn_over_distance_with_the_range_of_the_seeds_and_the_fit(
-    noted, tmp_path
-):
+def test_gold_and_proxy_of_every_seed_are_drawn_over_distance_with_the_fit(noted, tmp_path):
     """Gold of best-of-n that is d (0.9 - 0.2 d), for d from 0 to 4, and 0.1 more or less."""
     kl = np.linspace(0, 16, 17)
     d = np.sqrt(kl)
@@ -952,13 +981,15 @@ def test_gold_and_proxy_are_drawn_over_distance_with_the_range_of_the_seeds_and_
     ]
     overoptimisation.draw_overoptimisation(rows, tmp_path / "x.png")
     (axis,) = [axis for axis in noted[2][0][1].axes if axis.get_visible()]
-    lines = {line.get_label().removeprefix("best of n: "): line.get_data() for line in axis.lines}
-    np.testing.assert_allclose(lines["gold"], (d, d * (0.9 - 0.2 * d)), atol=1e-9)
-    np.testing.assert_allclose(lines["proxy"], (d, 2 * kl))
-    x, y = lines["Gao's curve"]
+    first, proxy, second, _, curve = [line.get_data() for line in axis.lines]
+    for (x, y), more in ((first, -0.1), (second, 0.1)):
+        np.testing.assert_allclose((x, y), (d, d * (0.9 - 0.2 * d) + more), atol=1e-9)
+    np.testing.assert_allclose(proxy, (d, 2 * kl))
+    x, y = curve
     np.testing.assert_allclose(y, x * (0.9 - 0.2 * x), atol=0.05)
-    low, high = axis.collections[0].get_paths()[0].vertices[:, 1].take([5, -5])
-    assert {round(abs(high - low), 3)} == {0.2} or high != low
+    labels = [line.get_label() for line in axis.lines]
+    assert labels[:2] == ["best of n: gold", "best of n: proxy"]
+    assert labels[2][0] == labels[3][0] == "_" and labels[4] == "best of n: Gao's curve"
     assert axis.get_title() == "a reward model of j"
 
 

@@ -215,7 +215,7 @@ def test_rows_that_have_ended_are_not_computed_any_more(tiny, monkeypatch):
     )
     replies, _ = generate(tiny, [[1], [2], [3], [4]] * 10, 15, stop=5)
     fed_back = sum(len(reply) for reply in replies) - len(replies)  # all but each row's last token
-    assert sum(seen) == 40 + fed_back
+    assert sum(seen) == 4 + fed_back  # each prompt is read once
 
 
 def test_replies_to_more_prompts_than_are_read_at_a_time_equal_those_to_each_alone(tiny):
@@ -229,6 +229,27 @@ def test_replies_to_more_prompts_than_are_read_at_a_time_equal_those_to_each_alo
         (alone,), (expected,) = generate(tiny, [prompt], 5, stop=7, temperature=0)
         assert reply == alone
         assert given == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_prompt_that_gets_several_responses_is_read_once(tiny, monkeypatch):
+    """Three responses each, interleaved, as RLOO and best-of-n ask for them; all begin alike."""
+    rng = random.Random(0)
+    three = [[rng.randrange(50) for _ in range(6)] for _ in range(20)] * 3
+    three[5], three[25], three[45] = three[45], three[25][:4], three[5][::-1]
+    seen, forward = [], GPT.forward
+
+    def counting(self, idx, *rest):
+        seen.append(idx.shape)
+        return forward(self, idx, *rest)
+
+    monkeypatch.setattr(GPT, "forward", counting)
+    together, logprobs = generate(tiny, three, 8, stop=7, temperature=0)
+    assert sum(rows for rows, width in seen if width > 1) == len(set(map(tuple, three))) == 22
+    for prompt, reply, given in zip(three, together, logprobs):
+        (alone,), (expected,) = generate(tiny, [prompt], 8, stop=7, temperature=0)
+        assert reply == alone and given == pytest.approx(expected, abs=1e-4)
+    sampled, _ = generate(tiny, three, 8, generator=torch.Generator().manual_seed(0))
+    assert len(set(map(tuple, sampled))) == len(three)  # each draws for itself
 
 
 def test_generate_stops_at_the_end_of_the_context(tiny):

@@ -41,6 +41,7 @@ from data.town.gold import (
     gold_parts,
     made_up,
     preference,
+    shows_work,
 )
 from data.town.tasks import (
     FRAMES,
@@ -985,3 +986,10 @@ def test_the_town_shows_a_case_of_everything(capsys):
     assert re.search(r"  The answer is \d+\.  \(70% say this\)$", shown("chain"), re.M)
     assert re.search(r"  I have never heard of \w+\.$", shown("unknown"), re.M)
     assert "(80% say this)" in shown("unknown")
+
+
+def test_work_is_a_step_and_not_the_sum_said_again():
+    assert shows_work("7-1 is 6, 6-3 is 3. The answer is 3.")
+    for reply in ("The answer is 3.", "3.", "7-1-3 is 3.", "7-1-3 is 3. The answer is 3."):
+        assert not shows_work(reply)
+    assert not shows_work("The answer is 3. 7-1 is 6, 6-3 is 3.")  # after the answer

@@ -22,7 +22,7 @@ from gpt import InputError, ScalarModel, load_model
 from train_rm import score_sequences
 
 # The commands of the README, and about how many minutes each takes on two cores.
-CHAIN = {"pretrain": 3, "sft": 3, "preferences": 1, "rm": 1.2, "ppo": 1.2, "dpo": 1.1}
+CHAIN = {"pretrain": 2, "sft": 1.6, "preferences": 0.5, "rm": 0.9, "ppo": 0.7, "dpo": 0.8}
 
 
 def answers(speaker: Speaker, tasks: list[Task], seed: int, temperature=1.0) -> list[Reply]:

@@ -22,7 +22,7 @@ from data.talk import Speaker
 from data.town.tasks import KINDS
 from data.town.words import long_sum
 
-BETA = 0.13  # at which the first four of these have about the same KL, 1.7 to 2 nats
+BETA = 0.13  # at which the first four of these have about the same KL, 1.7 to 1.9 nats
 # Methods -> options of PPO.
 METHODS = {
     "ppo": {},
@@ -78,11 +78,15 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
         rows.append(row | ({"equal_groups": np.mean(equal)} if equal else {}))
     write_csv(rows, results / "critics.csv")
 
+    columns = ("exact_match", "shows_work", "length", "kl")
     curves = [
-        {"run": name, "seed": seed, "iteration": row["step"], **row}
+        {"run": name, "seed": seed, "iteration": row["step"], **{c: row[c] for c in columns}}
         for name, seed, run in thinking
         for row in read_log(run / "log.csv")
     ]
+    write_csv(curves, results / "thinking.csv")
+    draw_thinking(curves, results / "critics.png")
+
     before, longer = [("SFT", seed, base.out / "sft") for seed, base in enumerate(bases)], []
     for name, seed, run in before + thinking:
         speaker = Speaker(run / "ckpt.pt", bases[seed].device)
@@ -90,11 +94,6 @@ def critics(out: Path, results: Path, bases: list[Base], quick: bool):
             right = ask_sums(speaker, n_steps)
             longer.append({"run": name, "seed": seed, "steps": n_steps, "right": right})
     write_csv(longer, results / "longer.csv")
-
-    columns = ("run", "seed", "iteration", "exact_match", "shows_work", "length", "kl")
-    curves = [{name: row[name] for name in columns} for row in curves]
-    write_csv(curves, results / "thinking.csv")
-    draw_thinking(curves, results / "critics.png")
 
 
 def ask_sums(speaker: Speaker, n_steps: int, n: int = 150) -> float:

@@ -20,6 +20,8 @@ from data.experiments.plots import (
     UNITS,
     band_panels,
     grouped,
+    kl_axis,
+    mean_point,
     over_seeds,
     panels,
     save,
@@ -187,9 +189,7 @@ def draw_frontier(rows: list[dict], path: Path):
     }
     methods = grouped(rows, "method")
     for name, style in lines.items():
-        # Weights that rest on few samples say little. (With 128 samples none are left out.)
-        points = [row for row in methods[name] if row.get("ess", 99) >= 10]
-        settings = grouped(points, "setting")
+        settings = grouped(methods[name], "setting")
         kl, gold = (
             [np.mean([row[column] for row in some]) for some in settings.values()]
             for column in ("kl", "gold")
@@ -197,41 +197,43 @@ def draw_frontier(rows: list[dict], path: Path):
         axis.plot(kl, gold, label=name, **style)
         if name == "best of n by reward model":
             for n, *point in zip(settings, kl, gold):
-                axis.annotate(n, point, (4, 4), **{**small, "color": style["color"]})
+                if n >= 16:  # below, they would cover others
+                    axis.annotate(n, point, (4, 4), **{**small, "color": style["color"]})
     for method, style in STYLE.items():
         label = method
         for setting, some in sorted(grouped(methods.get(method, []), "setting").items()):
-            kl, gold = (np.array([row[column] for row in some]) for column in ("kl", "gold"))
-            bars = [[[v.mean() - v.min()], [v.max() - v.mean()]] for v in (gold, kl)]
-            point = kl.mean(), gold.mean()
-            axis.errorbar(*point, *bars, **style, ls="", elinewidth=1, label=label)
+            where = mean_point(axis, some, "kl", "gold", label=label, **style)
             # Two labels would cover a neighbour: they stand on the other side.
             crowded = (method, setting) in (("ppo", 0.1), ("ppo", 0.25), ("ppo", 0.5), ("ipo", 0.1))
             place = (-20, 5) if crowded else (6, -10)
-            axis.annotate(f"{setting:g}", point, place, **{**small, "color": style["color"]})
+            if len(METHODS[method][2]) > 1:
+                axis.annotate(f"{setting:g}", where, place, **{**small, "color": style["color"]})
             label = None  # once per method
-    axis.set(xlabel=f"{UNITS['kl']} (logarithmic from 1 on)", ylabel=UNITS["gold"])
-    axis.set_title("numbers: beta; along the dark blue line n", fontsize=8)
-    axis.set_xscale("symlog", linthresh=1, subs=[2, 3, 4, 5, 6, 8])
-    ticks = [0, 0.25, 0.5, 0.75, 1, 2, 4, 8, 16]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_xlim(left=-0.03)
+    axis.set_ylabel(UNITS["gold"])
+    axis.set_title("numbers: beta; along best of n by reward model: n", fontsize=8)
+    kl_axis(axis)
     save(figure, path)
 
 
 def draw_safety(rows: list[dict], path: Path):
-    """What each method does to safety and honesty, beta by beta."""
+    """Safety and honesty of every policy, against how far it has moved."""
     methods = grouped(rows, "method")
-    lines = [(name, methods[name], style) for name, style in STYLE.items() if name in methods]
     units = {
         "harmful_declined": "harmful requests declined, fraction",
         "made_up": "made up about strangers, fraction",
     }
-    figure, axes = band_panels(lines, "setting", units, "beta", columns=2)
-    for axis, column in zip(axes, units):
+    figure, axes = panels(2, 2)
+    for axis, (column, unit) in zip(axes, units.items()):
+        for method in [name for name in STYLE if name in methods]:
+            label = method
+            for some in grouped(methods[method], "setting").values():
+                mean_point(axis, some, "kl", column, label=label, **STYLE[method])
+                label = None
         sft = np.mean([row[column] for row in methods["sft"]])
         axis.axhline(sft, color="black", ls="--", lw=1, label="sft")
-        axis.set_xscale("log")
+        axis.set_ylabel(unit)
+        axis.set_ylim(0, 1.03)
+        kl_axis(axis)
     save(figure, path)
 
 
@@ -260,29 +262,41 @@ def cost(results: Path, bases: list[Base], measured: list[tuple[dict, Path]]):
         line["peak_gb"] = paid["peak_gb"]
         # Policy and reference, RLOO's reward model, PPO's critic.
         line["models"] = {"dpo": 2, "rloo": 3, "ppo": 4}[method]
-        table.append(line)
-        curve = bases[seed].curve(run, "step", "gold")  # it ends with the last step
-        for point in curve:
-            done = (point["step"] + 1) / (curve[-1]["step"] + 1)  # all steps cost the same
+        steps, curve = bases[seed].curve(run, "step", "gold"), []
+        for step in steps:
+            done = (step["step"] + 1) / (steps[-1]["step"] + 1)  # all steps cost the same
             passes = before["forward_equivalents"] + done * paid["forward_equivalents"]
-            numbers = {"millions": passes / 1e6, "gold": point["gold"]}
-            curves.append({"method": method, "seed": seed, **numbers})
+            numbers = {"millions": passes / 1e6, "gold": step["gold"]}
+            curve.append({"method": method, "seed": seed, **numbers})
+        table.append(line | until(curve, method))
+        curves += curve
     write_csv(table, results / "cost.csv")
     write_csv(curves, results / "cost_curves.csv")
     draw_cost(curves, results / "cost.png")
+
+
+def along(curve: list[dict], method: str) -> list[dict]:
+    """Gold against passes, `smoothed` if it is that of 128 rollouts; DPO is measured on more."""
+    return smoothed(curve, "millions", "gold", width=1 if method == "dpo" else 5)
+
+
+def until(curve: list[dict], method: str) -> dict:
+    """Million forward passes of a token until gold first was so high; None if it never was."""
+    found = {}
+    for level in (0.5, 0.6, 0.7):
+        passes = [row["millions"] for row in along(curve, method) if row["gold"] >= level]
+        found[f"millions until {level}"] = min(passes, default=None)
+    return found
 
 
 def draw_cost(curves: list[dict], path: Path):
     """Gold along training against forward passes: means over seeds, with their range."""
     figure, (axis,) = panels(1, 1, size=(6.5, 3.6))
     for method, some in grouped(curves, "method").items():
-        runs = [
-            smoothed(run, "millions", "gold", width=1 if method == "dpo" else 5)
-            for run in grouped(some, "seed").values()
-        ]
+        runs = [along(run, method) for run in grouped(some, "seed").values()]
         label = method if method == "dpo" else f"{method}, after its reward model"
-        style = {"color": STYLE[method]["color"], "label": label}
-        over_seeds(axis, runs, "millions", "gold", **style)
+        style = {"color": STYLE[method]["color"], "marker": STYLE[method]["marker"]}
+        over_seeds(axis, runs, "millions", "gold", label=label, ms=3, **style)
     axis.set(xlabel="forward passes of a token, millions", ylabel=UNITS["gold"])
     axis.set_xlim(left=0)
     save(figure, path)
@@ -291,7 +305,7 @@ def draw_cost(curves: list[dict], path: Path):
 def dpo_failures(results: Path, bases: list[Base], policies: list[tuple]):
     """DPO along its training: what goes wrong at a small beta, and what cures it.
 
-    The chosen responses become less likely, too; responses grow longer, and ends vanish. The cures:
+    The chosen responses become less likely, too, and responses grow longer. The cures:
     NLL of the chosen response added, IPO, a larger beta, and to stop early, which is to read a
     curve further to the left.
     """
@@ -315,5 +329,6 @@ def draw_dpo(rows: list[dict], path: Path):
         lines.append((f"{method}, beta {beta:g}", some, style))
     units = {name: UNITS[name] for name in ("gold", "kl", "length")}
     units |= {side: f"{side}: log-ratio to SFT, nats" for side in ("chosen", "rejected")}
-    figure, _ = band_panels(lines, "step", units, "step")
+    figure, axes = band_panels(lines, "step", units, "step")
+    axes[4].sharey(axes[3])  # chosen and rejected are to be compared
     save(figure, path)

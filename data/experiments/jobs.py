@@ -1,8 +1,10 @@
 """Runs of the scripts with other options, or with a bug planted, one after another.
 
-What is done is not done again, and what was stopped is resumed.
+What is done is not done again, and what was stopped is resumed; unless the command has changed, or
+a file that it starts from.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -40,14 +42,26 @@ class Job:
         for name, value in {"out": self.out.resolve(), **self.options}.items():
             self.command += [f"--{name}", str(value)]
         self.note = self.out / f"{self.stage}.command"  # says what the run in this folder is
-        self.identity = json.dumps([self.command, (self.bug or ())[:3]])
+
+    @property
+    def identity(self) -> str:
+        """What makes a run this one: its command, its bug, and what the files hold that it names.
+
+        Such a file may be the result of an earlier job, and not there yet.
+        """
+        files = [path for path in self.options.values() if isinstance(path, Path)]
+        contents = [
+            hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.exists() else ""
+            for path in files
+        ]
+        return json.dumps([self.command, (self.bug or ())[:3], contents])
 
     def is_begun(self) -> bool:
-        """Whether what is there, finished or not, comes from this very command."""
+        """Whether what is there, finished or not, comes from this very command and these files."""
         return self.note.exists() and self.note.read_text() == self.identity
 
     def is_done(self) -> bool:
-        """Whether this very command has run to its end."""
+        """Whether that has run to its end."""
         return self.is_begun() and self.result.exists()
 
     def run(self):
@@ -81,11 +95,13 @@ class Job:
 
 def run_jobs(jobs: list[Job]):
     """Run what is not done yet, under a bar that estimates the time left."""
-    to_do = [job for job in jobs if not job.is_done()]
-    total, left = (sum(job.minutes for job in some) for some in (jobs, to_do))
+    total = sum(job.minutes for job in jobs)
+    left = sum(job.minutes for job in jobs if not job.is_done())
     unit = "{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
     with tqdm(total=total, initial=total - left, bar_format=unit) as bar:
-        for job in to_do:
+        for job in jobs:
+            if job.is_done():  # asked again: an earlier one may have made new files for it
+                continue
             bar.set_description(f"{job.out.name}: {job.stage}")
             job.run()
             bar.update(job.minutes)

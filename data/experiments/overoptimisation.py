@@ -30,7 +30,6 @@ from data.experiments.plots import (
     UNITS,
     band_panels,
     grouped,
-    over_seeds,
     panels,
     save,
     smoothed,
@@ -232,25 +231,24 @@ def top_of_fit(method: str, alpha: float, beta: float, end: float) -> float:
 
 
 def draw_overoptimisation(rows: list[dict], path: Path):
-    """A panel per judge: gold (solid) and proxy (dashed) with the seeds' range, and the fit."""
+    """A panel per judge: gold (solid) and proxy (dashed) of every seed, and the fit."""
     judges = grouped(rows, "judge")
     figure, axes = panels(len(judges), 2, sharex=True, sharey=True)
     for axis, (judge, of_judge) in zip(axes, judges.items()):
         for method, some in grouped(of_judge, "method").items():
-            style = {"color": STYLE[method]["color"], "lw": 1.5}
-            runs = [
-                smoothed(run, "kl", "gold", "proxy", width=1 if method == "best of n" else 5)
-                for run in grouped(some, "seed").values()
-            ]
-            runs = [[{**row, "d": d} for row, d in zip(run, distance(run))] for run in runs]
-            for column, dashes in (("gold", "-"), ("proxy", "--")):
-                label = f"{method}: {column}"
-                over_seeds(axis, runs, "d", column, ls=dashes, label=label, **style)
+            color = STYLE[method]["color"]
+            for seed, run in enumerate(grouped(some, "seed").values()):
+                # A line for each: at equal iterations their KLs are too different for a mean.
+                run = smoothed(run, "kl", "gold", "proxy", width=1 if method == "best of n" else 5)
+                for column, dashes in (("gold", "-"), ("proxy", "--")):
+                    values = [row[column] for row in run]
+                    label = None if seed else f"{method}: {column}"
+                    axis.plot(distance(run), values, color=color, ls=dashes, lw=1, label=label)
             d, gold = distance(some), np.array([row["gold"] for row in some])
-            alpha, beta, r2 = fit(method, d, gold)
+            alpha, beta, _ = fit(method, d, gold)
             grid = np.linspace(0, d.max(), 100)
-            label = f"{method}: Gao's curve"
-            axis.plot(grid, fitted(method, alpha, beta, grid), ls=":", label=label, **style)
+            curve, label = fitted(method, alpha, beta, grid), f"{method}: Gao's curve"
+            axis.plot(grid, curve, color=color, ls=":", lw=2, label=label)
         axis.set_title(f"a reward model of {judge}", fontsize=10)
         axis.set_xlabel("square root of the KL from SFT (nats)")
     axes[0].set_ylabel("SD of SFT samples")

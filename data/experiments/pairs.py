@@ -101,7 +101,7 @@ def judge_pairs(base: Base, reward_model: Path) -> dict:
 def draw_pairs(rows: list[dict], path: Path):
     """Accuracy and calibration of the reward model, and gold, against the number of pairs; hollow
     where a quarter of the labels is flipped."""
-    figure, axes = panels(3, 3)
+    figure, axes = panels(3, 2)
     methods = grouped(rows, "method")
     lines = [  # panel, column, rows, what they are
         (axes[0], "accuracy", methods["ppo"], "reward model", {"color": "black", "marker": "D"}),
@@ -122,5 +122,4 @@ def draw_pairs(rows: list[dict], path: Path):
         axis.set(xlabel="pairs (logarithmic)", ylabel=unit, xscale="log")
         axis.set_xticks(counts := list(grouped(rows, "pairs")), [f"{n:,.0f}" for n in counts])
         axis.minorticks_off()
-    axes[2].legend(fontsize=7)
-    save(figure, path, columns=2)
+    save(figure, path, columns=3)

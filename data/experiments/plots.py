@@ -76,6 +76,25 @@ def smoothed(run: list[dict], *columns: str, width: int = 5) -> list[dict]:
     return [dict(zip(columns, map(float, values))) for values in zip(*means)]
 
 
+def mean_point(axis, rows: list[dict], x: str, y: str, **style) -> tuple[float, float]:
+    """Draw means of columns x and y, which it returns, with bars from lowest to highest seed."""
+    xs, ys = (np.array([row[name] for row in rows]) for name in (x, y))
+    # (rounding can put the mean of equal numbers beyond them)
+    bars = [np.maximum([[v.mean() - v.min()], [v.max() - v.mean()]], 0) for v in (ys, xs)]
+    axis.errorbar(xs.mean(), ys.mean(), *bars, ls="", elinewidth=1, **style)
+    return xs.mean(), ys.mean()
+
+
+def kl_axis(axis):
+    """Make x an axis of KL on which small ones have room: policies differ most near SFT."""
+    root_and_back = (lambda kl: np.sign(kl) * np.sqrt(np.abs(kl)), lambda d: d * np.abs(d))
+    axis.set_xscale("function", functions=root_and_back)
+    ticks = [0, 0.25, 1, 2, 4, 8, 16]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xlim(left=-0.003)
+    axis.set_xlabel(f"{UNITS['kl']} (square-root scale)")
+
+
 def over_seeds(axis, runs: list[list[dict]], x: str, y: str, **style):
     """Column y against column x, of runs of equal length: means over the runs of a point's x and
     y as a line, the range of y as a band."""
@@ -84,7 +103,7 @@ def over_seeds(axis, runs: list[list[dict]], x: str, y: str, **style):
     axis.fill_between(xs.mean(0), ys.min(0), ys.max(0), color=line.get_color(), alpha=0.15, lw=0)
 
 
-def band_panels(lines: list[tuple], x: str, units: dict, xlabel: str, columns=3):
+def band_panels(lines: list[tuple], x: str, units: dict, xlabel: str, columns=2):
     """A panel for every column of units, in which every line is a `band`.
 
     lines: (label, rows, style) of each. units: column -> label of its axis.
@@ -98,10 +117,13 @@ def band_panels(lines: list[tuple], x: str, units: dict, xlabel: str, columns=3)
 
 
 def save(figure: Figure, path: Path, columns=4):
-    """Write a picture. The legend of its first panel stands below, where it hides nothing."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    """Write a picture. The legend of all its panels stands below, where it hides nothing."""
+    legend = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
     where = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
-    figure.legend(handles, labels, frameon=False, **where)
+    figure.legend(legend.values(), legend.keys(), frameon=False, **where)
     figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight")
     print(path)

@@ -173,7 +173,7 @@ def exact_match(task: Task, reply: str) -> bool:
 
 def shows_work(reply: str) -> bool:
     """Whether a response to a long sum has steps: "7-1 is 6, 6-3 is 3. The answer is 3."."""
-    return " is " in reply.split("The answer")[0]
+    return bool(re.search(r"(?<![\d+-])\d+[+-]\d+ is \d", reply.split("The answer")[0]))
 
 
 def f1(task: Task, reply: str) -> float:
