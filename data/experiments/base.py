@@ -49,7 +49,7 @@ class Base:
         self.strangers = draw_tasks(120, "experiments, strangers", "unknown", new="cell")
         self.gold = golds(self.tasks, answers(self.sft, self.tasks, seed=0))  # not scaled
 
-    def job(self, where: Path, stage: str, minutes=1.1, bug=None, **options) -> Job:
+    def job(self, where: Path, stage: str, minutes=0.7, bug=None, **options) -> Job:
         """A run in `where`, with this seed, that begins with these models unless options say
         others."""
         start = {"seed": self.seed, "init": self.out / "sft/ckpt.pt"}
