@@ -242,7 +242,8 @@ tries one exercise and says which claims about it do not hold yet, with a hint. 
         for test in e.tests:
             text += f"- {test.partition('::test_')[2].replace('_', ' ')}\n"
         text += f"\nTry it: `python tests/try_exercise.py {e.name}`\n\nIn writing:\n\n"
-        text += "".join(f"{n}. {question}\n" for n, (question, _) in enumerate(e.questions, 1))
+        questions = [both.partition("\n")[0] for both in e.questions]
+        text += "".join(f"{n}. {question}\n" for n, question in enumerate(questions, 1))
     return text
 
 
@@ -513,7 +514,7 @@ def grade_hunt(handin: Path, found: list, identity: str, args):
         place, _, sentence = docstring.strip().partition("\n")
         words = re.search(r"([\w/]+\.py)\W+([\w.]+)", place)
         bug = left.pop(words.groups(), None) if words else None
-        points, lines = 0, [f"the place, {place or 'not named'}: no bug is there, or is left there"]
+        points, lines = 0, [f"the place, {place or 'not named'}: no bug is left there"]
         if bug:
             points, lines = 1, [f"the place, {place}: right"]
             passes, said = try_hunted(path, *words.groups(), (bug.right, bug.right))

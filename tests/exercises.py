@@ -48,7 +48,7 @@ class Exercise:
     equation: str  # for the handout
     tests: dict[str, tuple[int, str]]  # file::test in tests/ -> (weight, hint)
     cases: Callable  # torch.Generator -> pairs (the call as text, a function that makes it)
-    questions: list[tuple[str, str]]  # to be answered in writing: (question, key)
+    questions: list[str]  # to be answered in writing: a line, and below it the key
     mistakes: dict[str, list] = field(default_factory=dict)  # sentence -> [{right: wrong}, ...]
     keep: int = 0  # statements of the body, after the docstring, that students are given
 
@@ -386,17 +386,12 @@ EXERCISES = [
         },
         cases=train_bpe,
         questions=[
-            (
-                "Why does the docstring say which of two equally frequent pairs is merged?",
-                "Merges define ids. If the order of a dict decided, the same text could give "
-                "another vocabulary, and a checkpoint would read other tokens than it was trained "
-                "on.",
-            ),
-            (
-                "Why may no merge cross the border of a pre-token? What would tokens look like?",
-                'There would be a token for "dog." beside the one for "dog", and for frequent '
-                "phrases: ids spent on combinations, each of which has to be learned anew.",
-            ),
+            "Why does the docstring say which of two equally frequent pairs is merged?\n"
+            "Merges define ids. If the order of a dict decided, the same text could give another "
+            "vocabulary, and a checkpoint would read other tokens than it was trained on.",
+            "Why may no merge cross the border of a pre-token? What would tokens look like?\n"
+            'There would be a token for "dog." beside the one for "dog", and for frequent phrases: '
+            "ids spent on combinations, each of which has to be learned anew.",
         ],
         mistakes={
             "You count every distinct word once, however often it occurs in the text.": [
@@ -440,17 +435,13 @@ EXERCISES = [
         },
         cases=attention,
         questions=[
-            (
-                "Scores are divided by sqrt(hs). What would happen without, the wider the heads?",
-                "A product of hs terms of variance 1 has SD sqrt(hs). Softmax of such scores is "
-                "nearly one-hot: attention looks at single tokens, and gradients vanish.",
-            ),
-            (
-                "Why is a future score set to -inf before the softmax, and not its weight to 0 "
-                "after it?",
-                "The weights would no longer add up to 1, and future scores would still stand in "
-                "the denominator: the past would depend on them.",
-            ),
+            "Scores are divided by sqrt(hs). What would happen without, the wider the heads?\n"
+            "A product of hs terms of variance 1 has SD sqrt(hs). Softmax of such scores is nearly "
+            "one-hot: attention looks at single tokens, and gradients vanish.",
+            "Why is a future score set to -inf before the softmax, and not its weight to 0 after "
+            "it?\n"
+            "The weights would no longer add up to 1, and future scores would still stand in the "
+            "denominator: the past would depend on them.",
         ],
         mistakes={
             "Your scale is that of the width C: divide by sqrt(hs), the size of one head.": [
@@ -501,11 +492,9 @@ EXERCISES = [
         },
         cases=cache_update,
         questions=[
-            (
-                "After a prompt of P tokens, T tokens are sampled. How many tokens does the model "
-                "read with the cache, and how many without?",
-                "P + T - 1 with it; P + (P + 1) + ... + (P + T - 1) = T P + T (T - 1) / 2 without.",
-            )
+            "After a prompt of P tokens, T tokens are sampled. How many tokens does the model "
+            "read with the cache, and how many without?\n"
+            "P + T - 1 with it; P + (P + 1) + ... + (P + T - 1) = T P + T (T - 1) / 2 without.",
         ],
         mistakes={
             "Values are stored as keys, or the other way round.": [
@@ -549,11 +538,9 @@ EXERCISES = [
         },
         cases=sample,
         questions=[
-            (
-                "Four tokens have probabilities 0.5, 0.3, 0.15 and 0.05. Which can top_p 0.9 draw, "
-                "and with which probabilities?",
-                "The first three, which have 0.95 (two have only 0.8): 0.526, 0.316 and 0.158.",
-            )
+            "Four tokens have probabilities 0.5, 0.3, 0.15 and 0.05. Which can top_p 0.9 draw, "
+            "and with which probabilities?\n"
+            "The first three, which have 0.95 (two have only 0.8): 0.526, 0.316 and 0.158.",
         ],
         mistakes={
             "The log-probability is that of the logits before temperature, top_k and top_p.": [
@@ -589,11 +576,9 @@ EXERCISES = [
         },
         cases=lr_at,
         questions=[
-            (
-                "Why does a run with Adam begin with small steps?",
-                "Its second moments rest on one or two gradients then, so each weight would move "
-                "by the full rate, in the direction of noise.",
-            )
+            "Why does a run with Adam begin with small steps?\n"
+            "Its second moments rest on one or two gradients then, so each weight would move by "
+            "the full rate, in the direction of noise.",
         ],
         mistakes={
             "The decay ignores floor: it ends at 0.": [
@@ -627,11 +612,9 @@ EXERCISES = [
         },
         cases=encode_chat,
         questions=[
-            (
-                "Why is <|end|> learned, and why is <|assistant|> not?",
-                "The model has to say when it stops; a turn is opened for it, so it never has to "
-                "predict that.",
-            )
+            "Why is <|end|> learned, and why is <|assistant|> not?\n"
+            "The model has to say when it stops; a turn is opened for it, so it never has to "
+            "predict that.",
         ],
         mistakes={
             "The system message is lost: it opens the next user message, with a blank line between "
@@ -663,12 +646,10 @@ EXERCISES = [
         },
         cases=reading(train_sft, "sft_loss"),
         questions=[
-            (
-                "Averaged over the tokens of a batch, or over the means of its rows: whom does "
-                "each favour?",
-                "Over tokens, long responses weigh more, and each token the same. Over rows, a "
-                "token of a short response weighs more.",
-            )
+            "Averaged over the tokens of a batch, or over the means of its rows: whom does each "
+            "favour?\n"
+            "Over tokens, long responses weigh more, and each token the same. Over rows, a token "
+            "of a short response weighs more.",
         ],
         mistakes={
             "Not shifted: you compare the state after token t with token t itself, which it has "
@@ -705,12 +686,10 @@ EXERCISES = [
         },
         cases=preference_loss,
         questions=[
-            (
-                "The reference run agrees with 0.73 of the held-out labels, an oracle that knows "
-                "gold with 0.79. Why is 1 out of reach?",
-                "Annotators prefer the better response only with probability sigmoid of the "
-                "difference in gold over tau: labels of close pairs are nearly coins.",
-            )
+            "The reference run agrees with 0.73 of the held-out labels, an oracle that knows "
+            "gold with 0.79. Why is 1 out of reach?\n"
+            "Annotators prefer the better response only with probability sigmoid of the difference "
+            "in gold over tau: labels of close pairs are nearly coins.",
         ],
         mistakes={
             "The mean over pairs is asked for.": [{".mean()": ".sum()"}, {".mean()": ""}],
@@ -733,11 +712,9 @@ EXERCISES = [
         },
         cases=last_token_scores,
         questions=[
-            (
-                "Why may anything at all stand in the padding on the right? And on the left?",
-                "Attention is causal: nothing looks to its right. On the left it would be seen by "
-                "the row, and would shift its positions.",
-            )
+            "Why may anything at all stand in the padding on the right? And on the left?\n"
+            "Attention is causal: nothing looks to its right. On the left it would be seen by the "
+            "row, and would shift its positions.",
         ],
         mistakes={
             "That is not the last token's score: its index is length - 1.": [
@@ -767,11 +744,9 @@ EXERCISES = [
         },
         cases=token_rewards,
         questions=[
-            (
-                "Why is the score paid at the last token alone, but the KL penalty at every one?",
-                "The score is of the whole response. The log-ratio is a sum over tokens: what each "
-                "adds is known as soon as it is chosen, and so GAE can blame the right one.",
-            )
+            "Why is the score paid at the last token alone, but the KL penalty at every one?\n"
+            "The score is of the whole response. The log-ratio is a sum over tokens: what each "
+            "adds is known as soon as it is chosen, and so GAE can blame the right one.",
         ],
         mistakes={
             "The score is lost: it is added at the last token of the response.": [
@@ -820,11 +795,9 @@ EXERCISES = [
         },
         cases=gae,
         questions=[
-            (
-                "What does lambda 1 trust, what does lambda 0, and what does each cost?",
-                "1 trusts the rewards that followed: no bias, but all their noise. 0 trusts the "
-                "critic's next value: little noise, but its mistakes.",
-            )
+            "What does lambda 1 trust, what does lambda 0, and what does each cost?\n"
+            "1 trusts the rewards that followed: no bias, but all their noise. 0 trusts the "
+            "critic's next value: little noise, but its mistakes.",
         ],
         mistakes={
             "The returns are wrong: they are A + V, what the critic should have predicted.": [
@@ -862,12 +835,10 @@ EXERCISES = [
         },
         cases=policy_loss,
         questions=[
-            (
-                "What is the ratio in the first minibatch of an iteration, and what does clipping "
-                "do there?",
-                "1, since nothing has been updated since sampling, and so nothing is clipped: the "
-                "gradient is that of -A log pi.",
-            )
+            "What is the ratio in the first minibatch of an iteration, and what does clipping do "
+            "there?\n"
+            "1, since nothing has been updated since sampling, and so nothing is clipped: the "
+            "gradient is that of -A log pi.",
         ],
         mistakes={
             "You return the mean: a loss per token (B, T) is asked for, and the caller averages "
@@ -907,12 +878,10 @@ EXERCISES = [
         },
         cases=group_advantages,
         questions=[
-            (
-                "All eight responses to a prompt are right. What does it teach, and what follows "
-                "for the choice of prompts?",
-                "Of the reward nothing: what is left compares KL penalties, and is 0 if there are "
-                "none. Prompts should be such that some responses are right and some wrong.",
-            )
+            "All eight responses to a prompt are right. What does it teach, and what follows for "
+            "the choice of prompts?\n"
+            "Of the reward nothing: what is left compares KL penalties, and is 0 if there are "
+            "none. Prompts should be such that some responses are right and some wrong.",
         ],
         mistakes={
             "The mean is over all responses: compare only with those to the same prompt.": [
@@ -937,11 +906,9 @@ EXERCISES = [
         },
         cases=reading(train_dpo, "sequence_logprobs"),
         questions=[
-            (
-                "DPO's equation needs sums. What changes if you put in means per token?",
-                "beta h is divided by the length, so the loss stays near ln 2 and beta means "
-                "something else for every length. (SimPO does it on purpose, with a large beta.)",
-            )
+            "DPO's equation needs sums. What changes if you put in means per token?\n"
+            "beta h is divided by the length, so the loss stays near ln 2 and beta means something "
+            "else for every length. (SimPO does it on purpose, with a large beta.)",
         ],
         mistakes={
             "Not shifted: the state after token t predicts token t + 1.": [
@@ -993,15 +960,11 @@ EXERCISES = [
         },
         cases=dpo_loss,
         questions=[
-            (
-                "The first loss of every run with `--loss dpo` is ln 2. Why?",
-                "The policy is still its own reference, so h is 0, and -log sigmoid(0) is ln 2.",
-            ),
-            (
-                "In the log the log-ratio of chosen responses falls. Is that a bug?",
-                "No: the loss asks only for the difference. Chosen responses are not what the "
-                "policy itself would say most, and usually both fall, rejected ones faster.",
-            ),
+            "The first loss of every run with `--loss dpo` is ln 2. Why?\n"
+            "The policy is still its own reference, so h is 0, and -log sigmoid(0) is ln 2.",
+            "In the log the log-ratio of chosen responses falls. Is that a bug?\n"
+            "No: the loss asks only for the difference. Chosen responses are not what the policy "
+            "itself would say most, and usually both fall, rejected ones faster.",
         ],
         mistakes={
             "You return the mean, or only one number: a loss for every pair is asked for (B,).": [
@@ -1010,8 +973,8 @@ EXERCISES = [
                     "logprobs[0] / lengths[0]).mean()"
                 }
             ],
-            "Only DPO, and its mean: a loss for every pair (B,) is asked for, and cfg.loss may also"
-            " be cdpo, ipo or simpo; nll is added to any of them.": [
+            "Only DPO, and its mean: a loss for every pair (B,) is asked for, and cfg.loss may "
+            "also be cdpo, ipo or simpo; nll is added to any of them.": [
                 {**ONLY_DPO, "return loss": "return loss.mean()"},
                 {MARGIN: BETA_H, **ONLY_DPO, "return loss": "return loss.mean()"},
             ],
@@ -1055,17 +1018,13 @@ EXERCISES = [
         },
         cases=logit_gradients,
         questions=[
-            (
-                "Every row of dz adds up to 0. Why must it?",
-                "Softmax does not change if a constant is added to all logits of a row, so the "
-                "derivative in that direction, the sum over j, is 0.",
-            ),
-            (
-                "How many bytes are the logits of 8192 tokens with a vocabulary of 50304 in "
-                "float32, and how does the head avoid them?",
-                "8192 x 50304 x 4 = 1.65e9. It works through the rows in chunks, and computes the "
-                "logits of a chunk again in the backward pass.",
-            ),
+            "Every row of dz adds up to 0. Why must it?\n"
+            "Softmax does not change if a constant is added to all logits of a row, so the "
+            "derivative in that direction, the sum over j, is 0.",
+            "How many bytes are the logits of 8192 tokens with a vocabulary of 50304 in float32, "
+            "and how does the head avoid them?\n"
+            "8192 x 50304 x 4 = 1.65e9. It works through the rows in chunks, and computes the "
+            "logits of a chunk again in the backward pass.",
         ],
         mistakes={
             "The sign is that of a loss: this is the gradient of log p_t, g ([j = t] - p_j).": [

@@ -75,7 +75,9 @@ def test_every_exercise_is_complete():
     assert len(BY_NAME) == len(EXERCISES) and sum(e.points for e in EXERCISES) == 100
     assert [e.week for e in EXERCISES] == sorted(e.week for e in EXERCISES)
     for e in EXERCISES:
-        assert e.questions and all(q.strip()[-1] in ".?" and key for q, key in e.questions), e.name
+        assert e.questions and all(re.fullmatch(r".+[.?]\n.+", both) for both in e.questions), (
+            e.name
+        )
         assert e.minutes > 0 and all(weight > 0 and hint for weight, hint in e.tests.values())
         for test in e.tests:
             file, _, name = test.partition("::")
@@ -145,7 +147,7 @@ def test_a_students_copy_has_no_solution_key_mutant_or_history(copy):
         lines = text.split("\n")[body[0].lineno - 1 :]
         own = [x.strip() for x in lines if len(x.strip()) > 25 and everywhere.count(x.strip()) == 1]
         assert own and not [line for line in own if line in handed_out], e.name
-        assert not [key for _, key in e.questions if key[:40] in handed_out]
+        assert not [both for both in e.questions if both.partition("\n")[2][:40] in handed_out]
     assert not [mutant for mutant in MUTANTS if mutant.symptom in handed_out]
     names = {path.relative_to(copy).as_posix() for path in files}
     secret = r"mutants|exercises\.py|course|grading|leaderboard|labs|\.git/|broken"
@@ -166,7 +168,7 @@ def test_a_students_copy_has_its_tests_a_handout_and_another_town(copy):
     assert "**Hand in** the files named in the table" in handout and "Copy `out/`" in handout
     for e in EXERCISES:
         assert f"python tests/try_exercise.py {e.name}`" in handout and e.equation in handout
-        assert all(question in handout for question, _ in e.questions)
+        assert all(f". {both.partition(chr(10))[0]}\n" in handout for both in e.questions)
     found = run_python("-m", "pytest", "--collect-only", "-q", cwd=copy).stdout
     for e in EXERCISES:
         assert all(f"tests/{test}" in found for test in e.tests), e.name
@@ -853,7 +855,7 @@ def test_a_hunt_is_graded_by_place_and_by_a_test_that_fails_on_the_bug_alone(
     said = capsys.readouterr().out
     assert "the place, `train_rm.py:preference_loss`: right" in said
     assert "to be read: It is swapped." in said
-    assert "the place, train_sft.py: main: no bug is there" in said
+    assert "the place, train_sft.py: main: no bug is left there" in said
     assert "the test passes on the bug, too: it does not notice it" in said
 
     # Tests that tell a bug by something else than what the function does.
