@@ -189,21 +189,22 @@ def student_copy(where: Path, weeks: range, seed: str):
         hints = {test: hint for test, (_, hint) in e.tests.items()}
         told[e.name] = {"file": e.file, "names": top_names(where / e.file), "tests": hints}
     (tests / "exercises.json").write_text(json.dumps(told, indent=1), "utf-8")
-    (where / "HANDOUT.md").write_text(handout(mine, weeks, seed), "utf-8", newline="\n")
+    (where / "HANDOUT.md").write_text(handout(mine, seed), "utf-8", newline="\n")
     print(f"{where}: {len(mine)} exercises, {sum(e.points for e in mine)} points; see HANDOUT.md")
 
 
-def handout(exercises: list, weeks: range, seed: str) -> str:
+def handout(exercises: list, seed: str) -> str:
     """HANDOUT.md: what to do, and how it is graded."""
     minutes = sum(exercise.minutes for exercise in exercises)
-    text = f"""# Weeks {weeks.start} to {weeks.stop - 1}: {len(exercises)} functions to write
+    weeks = ", ".join(map(str, sorted({exercise.week for exercise in exercises})))
+    text = f"""# Functions to write in week {weeks}
 
 README.md says what this project is and in which order to read it. In the files below, the bodies of
 some functions are missing: `raise NotImplementedError`. Their docstrings say what they take and
 return, with shapes. Write the bodies, about {minutes} minutes in all, and answer the questions.
 
     pip install -r requirements.txt pytest
-    python tests/try_exercise.py {exercises[0].name if exercises else "NAME"}
+    python tests/try_exercise.py {exercises[0].name}
 
 tries one exercise and says which claims about it do not hold yet, with a hint. In a notebook, write
 `!` before a command.

@@ -236,6 +236,14 @@ def test_a_solved_copy_has_everything_in_another_town(tmp_path, monkeypatch):
 
 
 @pytest.mark.thorough
+def test_a_stage_needs_no_exercise_of_a_later_week(tmp_path, chain):
+    course.student_copy(tmp_path / "copy", range(8, 9), "")  # PPO needs the gradient of week 9
+    options = as_options({**TINY["ppo"], "out": str(chain), "name": "of_a_student"})
+    run = run_python("train_ppo.py", *options, cwd=tmp_path / "copy")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.thorough
 def test_all_tests_of_the_town_pass_in_another_town(tmp_path):
     course.solved_copy(tmp_path / "copy", "3")
     files = ["test_town.py", "test_chat.py", "test_preferences.py"]
