@@ -508,9 +508,9 @@ def grade_hunt(handin: Path, found: list, identity: str, args):
     for file in ("test_bug_1.py", "test_bug_2.py", "test_bug_3.py"):
         try:
             source, path = read_file(handin, file)
-            docstring = ast.get_docstring(ast.parse(source)) or ""
+            docstring = ast.get_docstring(ast.parse(source, file)) or ""
         except (HandInError, SyntaxError, ValueError) as error:
-            results.append(entry(file, 0, 3, [f"{file}: {error}"], "after_due_date"))
+            results.append(entry(file, 0, 3, [str(error)], "after_due_date"))
             continue
         place, _, sentence = docstring.strip().partition("\n")
         words = re.search(r"([\w/]+\.py)\W+([\w.]+)", place)
