@@ -197,7 +197,7 @@ def handout(exercises: list, seed: str) -> str:
     """HANDOUT.md: what to do, and how it is graded."""
     minutes = sum(exercise.minutes for exercise in exercises)
     weeks = ", ".join(map(str, sorted({exercise.week for exercise in exercises})))
-    text = f"""# Functions to write in week {weeks}
+    text = f"""# Functions to write: week {weeks}
 
 README.md says what this project is and in which order to read it. In the files below, the bodies of
 some functions are missing: `raise NotImplementedError`. Their docstrings say what they take and
