@@ -2,6 +2,7 @@
 
 import ast
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -871,6 +872,7 @@ def test_a_hunt_is_graded_by_place_and_by_a_test_that_fails_on_the_bug_alone(
     text = "'rejected_scores - chosen' in __import__('inspect').getsource(m.preference_loss)"
     head = '"""train_rm.py: preference_loss"""' + GOOD_TEST + "    m = train_rm\n"
     assert hunt_points(tmp_path / "path", [f"{head}    assert not {path}\n"] * 3) == [1, 0, 0]
+    linecache.getlines(str(ROOT / "train_rm.py"))  # a fork has what its parent has read
     assert hunt_points(tmp_path / "text", [f"{head}    assert not {text}\n"] * 3) == [1, 0, 0]
     said = capsys.readouterr().out
     assert "the test fails on the project without a bug" in said
