@@ -1,6 +1,7 @@
 """A course from this project: copies for students, grading, bug hunts, exam curves, a leaderboard.
 
     python tests/course.py --student DIR --weeks 1-3          a copy with blanks, and HANDOUT.md
+    python tests/course.py --solved DIR --seed 17             the whole project in another town
     python tests/course.py --checkpoints FILE.zip             models of out/ for those who have none
     python tests/course.py --grade HANDIN --weeks 1-3         points, and what is wrong
     python tests/course.py --gradescope FILE.zip --weeks 1-3 --secret S
@@ -16,13 +17,17 @@ questions, and is not for students.
 import argparse
 import ast
 import csv
+import functools
+import hashlib
 import json
 import os
 import random
 import re
+import runpy
 import shlex
 import shutil
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -32,33 +37,79 @@ for folder in (ROOT, ROOT / "tests"):
 
 from exercises import EXERCISES  # noqa: E402
 from grading import (  # noqa: E402
+    CLOSED,
+    PYTHON,
+    HandInError,
+    entry,
+    fence,
     find_function,
     grade,
     in_process,
     install,
+    limit_memory,
     load_project,
+    read_file,
 )
 from leaderboard import leaderboard  # noqa: E402
+from try_exercise import top_names  # noqa: E402
 
 from data.run import run_script  # noqa: E402
 
-SOLUTIONS = ("broken.csv", "broken.png")  # results that --curves asks about
-HUNTED = ["gpt.py", "data/chat.py", *(f"train_{x}.py" for x in ("pretrain", "sft", "rm"))]
-HUNTED += ["train_ppo.py", "train_dpo.py"]  # where --bug-hunt plants
+# Where --bug-hunt plants published mutants: in functions that every default run calls.
+HUNTED = {
+    "gpt.py": "Attention.forward GPT.forward ScalarModel.forward _continue_together",
+    "data/chat.py": "encode_reply encode_chat pad sorted_batches sample_replies",
+    "train_sft.py": "sft_loss",
+    "train_rm.py": "preference_loss last_token_scores",
+    "train_ppo.py": "whiten token_rewards gae policy_loss value_loss proxy_reward",
+    "train_dpo.py": "sequence_logprobs",
+}
+MADE_IN = {  # file of out/ -> the week in which students make it
+    "pretrain/ckpt.pt": 3,
+    "sft/ckpt.pt": 4,
+    "preferences.jsonl": 5,
+    "rm/ckpt.pt": 5,
+    "ppo/ckpt.pt": 7,
+    "dpo/ckpt.pt": 8,
+}
 
 
-def copy_project(where: Path):
-    """The project without its tests, results of runs, and git history, into a new folder."""
+def copy_project(where: Path, seed: str = ""):
+    """The project without its tests, runs and git history, into a new folder. seed: of its town."""
     if where.exists() and (not where.is_dir() or any(where.iterdir())):
         raise SystemExit(f"{where} is there already, and not empty: choose another folder")
     where.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(
-        ROOT / "data", where / "data", ignore=shutil.ignore_patterns("__pycache__", *SOLUTIONS)
-    )
+    shutil.copytree(ROOT / "data", where / "data", ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.txt")]:
         shutil.copy(path, where)
     for name in ("LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, where)
+    if seed:
+        edit(where / "data/town/words.py", lambda text: other_facts(text, seed))
+
+
+def solved_copy(where: Path, seed: str):
+    """All of the project in another town, for a teacher: to train its models, to grade there."""
+    copy_project(where, seed)
+    shutil.copytree(ROOT / "tests", where / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    print(f"{where}: everything is solved in it, and its tests have the keys")
+
+
+def hide_solutions(where: Path):
+    """Take out of a copy bugs, with what is right in their place, and what --curves asks about."""
+    folder = where / "data/experiments"
+    for name in ("broken.py", "results/broken.csv", "results/broken.png"):
+        (folder / name).unlink()
+    edit(folder / "bugs.py", lambda text: re.sub(r"(?ms)^BUGS = \{.*?^\}", "BUGS = {}", text))
+    edit(folder / "__init__.py", lambda text: text.replace("tasks,broken", "tasks,pairs "))
+    edit(folder / "README.md", lambda text: without_section(text, "Broken on purpose"))
+    for name in ("__init__.py", "__main__.py", "README.md"):
+        edit(folder / name, lambda text: re.sub(r"(?m)^.*\bbroken\b.*\n", "", text))
+    edit(where / "README.md", lambda text: without_section(text, "Test it"))
+
+
+def without_section(text: str, title: str) -> str:
+    return re.sub(rf"(?ms)^## {title}.*?(?=^## )", "", text)
 
 
 def edit(path: Path, change):
@@ -76,8 +127,8 @@ def blank(source: str, exercise) -> str:
     Its docstring stays, and the statements that the exercise gives (`keep`).
     """
     function = find_function(source, exercise.function, exercise.file)
-    given = exercise.keep + (ast.get_docstring(function) is not None)
-    first = function.body[given - 1].end_lineno  # the lines after it, as they are counted from 0
+    n_kept = exercise.keep + (ast.get_docstring(function) is not None)
+    first = function.body[n_kept - 1].end_lineno  # the lines after it, as they are counted from 0
     lines = source.split("\n")
     indent = " " * function.body[0].col_offset
     what = f'{indent}raise NotImplementedError("{exercise.name}: your code here")'
@@ -115,21 +166,13 @@ def other_facts(source: str, seed: str) -> str:
 
 
 def student_copy(where: Path, weeks: range, seed: str):
-    """A copy for students: exercises of these weeks and of later ones are blank, those before are
-    solved, since their deadline has passed."""
-    copy_project(where)
-    # Bugs, with what is right in their place, are solutions.
-    bugs = where / "data/experiments/bugs.py"
-    edit(bugs, lambda text: re.sub(r"^BUGS = \{.*?^\}", "BUGS = {}", text, flags=re.M | re.S))
-    section = re.compile(r"^## Broken on purpose.*?(?=^## )", re.M | re.S)
-    edit(where / "data/experiments/README.md", lambda text: section.sub("", text))
-    for exercise in EXERCISES:
-        if exercise.week >= weeks.start:
-            edit(where / exercise.file, lambda text, e=exercise: blank(text, e))
-    if seed:
-        edit(where / "data/town/words.py", lambda text: other_facts(text, seed))
-
+    """A copy for students: the exercises of these weeks are blank, all others are solved, since
+    scripts need them."""
     mine = [exercise for exercise in EXERCISES if exercise.week in weeks]
+    copy_project(where, seed)
+    hide_solutions(where)
+    for exercise in mine:
+        edit(where / exercise.file, lambda text, e=exercise: blank(text, e))
     tests = where / "tests"
     tests.mkdir()
     for name in ("conftest.py", "tiny_runs.py", "try_exercise.py"):
@@ -141,23 +184,27 @@ def student_copy(where: Path, weeks: range, seed: str):
     for file, names in wanted.items():
         text = only_tests((ROOT / "tests" / file).read_text("utf-8"), names)
         (tests / file).write_text(text, "utf-8", newline="\n")
-    hints = {e.name: {test: hint for test, (_, hint) in e.tests.items()} for e in mine}
-    (tests / "exercises.json").write_text(json.dumps(hints, indent=1), "utf-8")
-    (where / "HANDOUT.md").write_text(handout(mine, weeks, seed), "utf-8", newline="\n")
+    told = {}  # see tests/try_exercise.py
+    for e in mine:
+        hints = {test: hint for test, (_, hint) in e.tests.items()}
+        told[e.name] = {"file": e.file, "names": top_names(where / e.file), "tests": hints}
+    (tests / "exercises.json").write_text(json.dumps(told, indent=1), "utf-8")
+    (where / "HANDOUT.md").write_text(handout(mine, seed), "utf-8", newline="\n")
     print(f"{where}: {len(mine)} exercises, {sum(e.points for e in mine)} points; see HANDOUT.md")
 
 
-def handout(exercises: list, weeks: range, seed: str) -> str:
+def handout(exercises: list, seed: str) -> str:
     """HANDOUT.md: what to do, and how it is graded."""
     minutes = sum(exercise.minutes for exercise in exercises)
-    text = f"""# Weeks {weeks.start} to {weeks.stop - 1}: {len(exercises)} functions to write
+    weeks = ", ".join(map(str, sorted({exercise.week for exercise in exercises})))
+    text = f"""# Functions to write: week {weeks}
 
 README.md says what this project is and in which order to read it. In the files below, the bodies of
 some functions are missing: `raise NotImplementedError`. Their docstrings say what they take and
 return, with shapes. Write the bodies, about {minutes} minutes in all, and answer the questions.
 
     pip install -r requirements.txt pytest
-    python tests/try_exercise.py {exercises[0].name if exercises else "NAME"}
+    python tests/try_exercise.py {exercises[0].name}
 
 tries one exercise and says which claims about it do not hold yet, with a hint. In a notebook, write
 `!` before a command.
@@ -167,12 +214,17 @@ tries one exercise and says which claims about it do not hold yet, with a hint. 
   another file. Names and arguments must stay. What is outside of the function is not taken: import
   and define what you need inside it. The claims that you can try give 60 % of the points, in part
   if only some hold; hidden tests, with other shapes and values, give the rest after the deadline.
-- **Stuck in an earlier week?** Ask for checkpoints.zip and unpack it here, with
-  `python -m zipfile -e checkpoints.zip .`: then every later stage has a model to start from."""
+- **Hand in** the files named in the table, under their names, and your answers in `ANSWERS.md`,
+  where your teacher says.
+- **One exercise may need another.** If a message names another one (`cache: your code here`), write
+  that one first; attention, cache and sample belong together.
+- **Models.** Copy `out/` from your last copy into this one: later stages start from these models.
+  If you have none, ask for checkpoints.zip and unpack it here, with
+  `python -m zipfile -e checkpoints.zip .`"""
     if seed:
         text += f"""
-- **Your town** is number {seed}: its residents work, eat and live otherwise than in the published
-  project, so checkpoints and figures must come from a town of the same number."""
+- **Your town** is number {seed}: its residents work, eat and live differently from those of the
+  published project, so checkpoints and figures must come from a town of the same number."""
     text += """
 - **Assistants.** You may ask a person or a program to explain an idea, a message or a line of this
   project. What you hand in, code and answers, you have written yourself and can explain, line by
@@ -191,14 +243,14 @@ tries one exercise and says which claims about it do not hold yet, with a hint. 
         for test in e.tests:
             text += f"- {test.partition('::test_')[2].replace('_', ' ')}\n"
         text += f"\nTry it: `python tests/try_exercise.py {e.name}`\n\nIn writing:\n\n"
-        text += "".join(f"{n}. {question}\n" for n, (question, _) in enumerate(e.questions, 1))
+        questions = [both.partition("\n")[0] for both in e.questions]
+        text += "".join(f"{n}. {question}\n" for n, question in enumerate(questions, 1))
     return text
 
 
-def pack_checkpoints(path: Path, out: Path):
-    """The models and preferences of finished default runs, as a zip to be unpacked in a copy."""
-    files = [f"{stage}/ckpt.pt" for stage in ("pretrain", "sft", "rm", "ppo", "dpo")]
-    files.append("preferences.jsonl")
+def pack_checkpoints(path: Path, out: Path, week: int):
+    """What finished default runs have made of what students make before a week, as a zip."""
+    files = [name for name, made_in in MADE_IN.items() if made_in < week]
     if missing := [name for name in files if not (out / name).exists()]:
         raise SystemExit(
             f"there is no {out / missing[0]}: run the seven commands of README.md first"
@@ -214,43 +266,35 @@ def pack_checkpoints(path: Path, out: Path):
 
 
 def grade_handin(handin: Path, exercises: list, args) -> int:
-    """Grade, print, and write what Gradescope or GitHub Classroom read. Returns the exit code."""
-    if not handin.is_dir():
-        raise SystemExit(f"--grade {handin}: there is no such folder")
-    names = [exercise.name for exercise in exercises]
-    results = grade(handin, names, args.secret)
+    """Grade, print, and write what Gradescope or GitHub reads. Returns the exit code."""
+    results = grade(handin, [exercise.name for exercise in exercises], args.secret)
     if args.results:
         write_results(args.results, results)
-    visible = [r for r in results if r["visibility"] == "visible"]
-    shown = visible if args.github else results
-    for result in shown:
-        print(f"{result['score']:5.1f} of {result['max_score']:4.1f}  {result['name']}")
-        if result["status"] == "failed":
-            print(indented(result["output"]))
-    score, best = (sum(result[key] for result in shown) for key in ("score", "max_score"))
-    print(f"{score:.1f} of {best:.1f} points")
     if not args.github:
+        print(as_text(results))
         return 0
-    lines = ["| exercise | points | of |", "|---|---|---|"]
-    lines += [f"| {r['name']} | {r['score']} | {r['max_score']} |" for r in visible]
-    lines.append(f"| **all** | **{score:.1f}** | **{best:.1f}** |")
-    for result in visible:
-        if result["status"] == "failed":
-            lines += ["", f"**{result['name']}**", "", indented(result["output"])]
+    visible = [result for result in results if result["visibility"] == "visible"]
+    print(as_text(visible))
     if path := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(path, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-    return int(score < best)
+            file.write(f"```\n{as_text(visible)}\n```\n")
+    return int(any(result["status"] == "failed" for result in visible))
 
 
-def indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.split("\n"))
+def as_text(results: list[dict]) -> str:
+    """Entries of results.json for people: points, what is to be said about them, and their sum."""
+    lines = []
+    for result in results:
+        lines.append(f"{result['score']:5.1f} of {result['max_score']:4.1f}  {result['name']}")
+        lines.append(textwrap.indent(result["output"], "    "))
+    score, best = (sum(result[key] for result in results) for key in ("score", "max_score"))
+    return "\n".join([*lines, f"{score:.1f} of {best:.1f} points"])
 
 
-def write_results(path: Path, results: list[dict], **more):
+def write_results(path: Path, results: list[dict]):
     """Gradescope's results.json."""
     try:
-        path.write_text(json.dumps({"tests": results, **more}, indent=1), "utf-8")
+        path.write_text(json.dumps({"tests": results}, indent=1), "utf-8")
     except OSError as error:
         raise SystemExit(f"--results {path}: {error.strerror}")
 
@@ -289,33 +333,44 @@ def pack_gradescope(path: Path, weeks: range, secret: str):
 # Bug hunt
 
 
-def three_bugs(identity: str, secret: str) -> list:
-    """Three mutants by hash, each in another file: [(mutant, name of its function)]."""
-    from mutants import MUTANTS
-
-    found = []
-    for file in HUNTED:
-        source = (ROOT / file).read_text("utf-8")
-        for name, function in functions(source):
-            text = "\n".join(source.split("\n")[function.lineno - 1 : function.end_lineno])
-            if name == "main" or "super()" in text:  # only a whole run of the script could tell
-                continue
-            found += [(m, name) for m in MUTANTS if m.file == file and m.right in text]
-    random.Random(f"bugs {secret} {identity}").shuffle(found)
-    chosen = {mutant.file: (mutant, name) for mutant, name in found}
-    order = dict.fromkeys(mutant.file for mutant, _ in found)
-    return [chosen[file] for file in list(order)[:3]]
-
-
-def functions(source: str):
-    """Functions of a file, and methods of its classes: (name, definition)."""
+@functools.cache
+def functions(file: str) -> list[tuple[str, str]]:
+    """The functions of a file of the project, and the methods of its classes: (name, text)."""
+    source = (ROOT / file).read_text("utf-8")
+    lines, found = source.split("\n"), []
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef):
-            yield node.name, node
-        elif isinstance(node, ast.ClassDef):
-            for inner in node.body:
-                if isinstance(inner, ast.FunctionDef):
-                    yield f"{node.name}.{inner.name}", inner
+        a_class = isinstance(node, ast.ClassDef)
+        for inner in node.body if a_class else [node]:
+            if isinstance(inner, ast.FunctionDef):
+                text = "\n".join(lines[inner.lineno - 1 : inner.end_lineno]) + "\n"
+                found.append((f"{node.name}.{inner.name}" if a_class else inner.name, text))
+    return found
+
+
+def hunted_bugs(path: Path | None) -> list:
+    """What --bug-hunt draws from, ours or those of a teacher's file: [(bug, name of function)]."""
+    bugs, found = runpy.run_path(str(path or ROOT / "tests/mutants.py"))["MUTANTS"], []
+    for bug in bugs:
+        for name, text in functions(bug.file):
+            # Only whole runs tell of main, and super() works inside of its class alone.
+            fits = bug.right in text and name != "main" and "super()" not in text
+            seen = name in HUNTED.get(bug.file, "").split()
+            if fits and (path or seen and not re.search("crash|nan", bug.symptom)):
+                found.append((bug, name))
+    if path and (lost := [bug for bug in bugs if bug not in dict(found)]):
+        where = f"{lost[0].file} that can be taken alone (main cannot)"
+        raise SystemExit(f"--bugs {path}: {lost[0].right!r} is in no function of {where}")
+    return found
+
+
+def three_bugs(found: list, identity: str, secret: str) -> list:
+    """Three of `hunted_bugs` by hash, each in another file."""
+    chosen = {}
+    for bug, name in random.Random(f"bugs {secret} {identity}").sample(found, len(found)):
+        chosen.setdefault(bug.file, (bug, name))
+    if len(chosen) < 3:
+        raise SystemExit("--bugs: three bugs in three files are drawn, and there are fewer files")
+    return list(chosen.values())[:3]
 
 
 class Rewrite(ast.NodeTransformer):
@@ -353,12 +408,6 @@ class Rewrite(ast.NodeTransformer):
             return ast.BinOp(node.right, node.op, node.left)
         return node
 
-    def visit_IfExp(self, node):
-        self.generic_visit(node)
-        if self.turns(node.test):
-            return ast.IfExp(ast.UnaryOp(ast.Not(), node.test), node.orelse, node.body)
-        return node
-
     def visit_Slice(self, node):
         self.generic_visit(node)
         if node.lower is None and node.step is None and self.turns():
@@ -390,29 +439,31 @@ def normalised(source: str, rng: random.Random) -> str:
     return text + "\n"
 
 
-def hunt_copy(where: Path, identity: str, secret: str):
+def hunt_copy(where: Path, found: list, identity: str, secret: str):
     """A copy with three bugs, in files that cannot be compared with the published ones."""
+    bugs = three_bugs(found, identity, secret)
     copy_project(where)
-    shutil.rmtree(where / "data/experiments/results")
-    (where / "data/experiments/bugs.py").unlink()
-    for mutant, _ in three_bugs(identity, secret):
-        edit(where / mutant.file, lambda text, m=mutant: text.replace(m.right, m.wrong))
+    hide_solutions(where)
+    for bug, _ in bugs:
+        edit(where / bug.file, lambda text, b=bug: text.replace(b.right, b.wrong))
     for path in [*where.glob("*.py"), *where.glob("data/**/*.py")]:
         rng = random.Random(f"rewrite {secret} {identity} {path.name}")
         edit(path, lambda text, rng=rng: normalised(text, rng))
     (where / "tests").mkdir()
     shutil.copy(ROOT / "tests/conftest.py", where / "tests")
-    (where / "HANDOUT.md").write_text(HUNT.format(files=", ".join(HUNTED)), "utf-8", newline="\n")
+    files = ", ".join(sorted({bug.file for bug, _ in found}))
+    (where / "HANDOUT.md").write_text(HUNT.format(files=files), "utf-8", newline="\n")
     print(f"{where}: three bugs are in it; HANDOUT.md says what to hand in")
 
 
 HUNT = '''# Three bugs
 
-In this copy of the project, three functions are wrong, each in another of these files:
+In this copy of the project, three functions are wrong, each in a different one of these files:
 {files}.
-None of them is `main`. All else is right, though it is written otherwise than in the published
-files: comments are gone, and many expressions are turned round. Scripts run to their end, and
-results are worse than they should be.
+None of them is `main`. All else is right, though it is written differently from the published
+files: comments are gone, and many expressions are rewritten in an equivalent form. Scripts may run
+to their end, with results that look almost right; and where a check in the project stops one, its
+message is a symptom, not the place.
 
 Hand in three files, `test_bug_1.py` to `test_bug_3.py`, one for each bug:
 
@@ -427,92 +478,71 @@ Hand in three files, `test_bug_1.py` to `test_bug_3.py`, one for each bug:
         assert ...
 
 The first line is the place: file and function (or Class.method). The test has to fail on this copy
-and to pass once the bug is mended, without reading any source text. Try it with
-`python -m pytest tests`. Three points each: one for the place, two for the test; one more for the
-sentence, which people read.
+and to pass once the bug is mended, and to tell by what the function does. Try it with
+`python -m pytest tests`. In grading a test may read no file of the project, write no files and
+start no programs, and has 60 seconds. Three points each: one for the place, and if it is right two
+for the test; one more for the sentence, which people read, with the test.
 '''
 
 
-def run_hunted_test(path: str, bug, note):
-    """In a process of its own: a student's test, with one bug in the project or with none."""
+def run_hunted_test(path: str, file: str, name: str, changes: tuple[str, str], note):
+    """In a process of its own: a student's test, with a piece of one function replaced."""
     import pytest
-    from grading import fence, limit_memory
     from try_exercise import Recorder
 
+    source = (ROOT / file).read_text("utf-8").replace(*changes)
+    definition = find_function(source, name, file)
     limit_memory()
-    fence()
-    if bug:
-        file, right, wrong, name = bug
-        source = (ROOT / file).read_text("utf-8").replace(right, wrong)
-        install(file, name, find_function(source, name, file), file)
+    fence(closed=CLOSED, opened=(*PYTHON, path, ROOT / "tests/conftest.py"))
+    install(file, name, definition, ROOT / file)
     arguments = ["-q", "-p", "no:cacheprovider", "-p", "conftest", "--capture=no", "--tb=short"]
-    pytest.main([*arguments, "--import-mode=importlib", path], plugins=[Recorder(note)])
+    recorder = Recorder(note, ROOT)
+    pytest.main([*arguments, "--import-mode=importlib", path], plugins=[recorder])
 
 
-def grade_hunt(handin: Path, identity: str, args):
-    """Points of a bug hunt: does each test pass on the project, and fail on a bug?"""
-    if not handin.is_dir():
-        raise SystemExit(f"--grade {handin}: there is no such folder")
+def grade_hunt(handin: Path, found: list, identity: str, args):
+    """Points of a bug hunt: is a bug there, and does the test fail on it, and only on it?"""
     load_project()
-    bugs, left = three_bugs(identity, args.secret), [0, 1, 2]
+    left = {(bug.file, name): bug for bug, name in three_bugs(found, identity, args.secret)}
     results = []
-    for path in [handin / f"test_bug_{n}.py" for n in (1, 2, 3)]:
-        points, lines = 0, []
+    for file in ("test_bug_1.py", "test_bug_2.py", "test_bug_3.py"):
         try:
-            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            problem = error.strerror if isinstance(error, OSError) else f"no Python: {error}"
-            results.append(hunt_entry(path.name, 0, [f"{path.name}: {problem}"]))
+            source, path = read_file(handin, file)
+            docstring = ast.get_docstring(ast.parse(source, file)) or ""
+        except (HandInError, SyntaxError, ValueError) as error:
+            results.append(entry(file, 0, 3, [str(error)], "after_due_date"))
             continue
         place, _, sentence = docstring.strip().partition("\n")
-        place = " ".join(place.replace("`", "").split())
-        right, why = passes(path, None)
-        places = [f"{mutant.file}: {name}" for mutant, name in bugs]
-        named = [n for n in left if places[n] == place]
-        points += bool(named)
-        lines.append(
-            f"the place, {place or 'not named'}: {'right' if named else 'no bug is there'}"
-        )
-        if not right:
-            lines.append(f"the test fails on the project without a bug: {why}")
-        failing = [n for n in named or left if right and not passes(path, bugs[n])[0]]
-        if failing:
-            points += 2
-            lines.append("the test passes without the bug and fails on it")
-        elif right:
-            lines.append("the test passes on the bug, too: it does not notice it")
-        for n in (failing or named)[:1]:
-            left.remove(n)
+        words = re.search(r"([\w/]+\.py)\W+([\w.]+)", place)
+        bug = left.pop(words.groups(), None) if words else None
+        points, lines = 0, [f"the place, {place or 'not named'}: no bug is left there"]
+        if bug:
+            points, lines = 1, [f"the place, {place}: right"]
+            passes, said = try_hunted(path, *words.groups(), (bug.right, bug.right))
+            fails = passes and not try_hunted(path, *words.groups(), (bug.right, bug.wrong))[0]
+            points += 2 * fails
+            if fails:
+                lines.append("the test passes without the bug and fails on it")
+            elif passes:
+                lines.append("the test passes on the bug, too: it does not notice it")
+            else:
+                lines.append(f"the test fails on the project without a bug: {said}")
         lines.append(f"to be read: {' '.join(sentence.split()) or 'no sentence'}")
-        results.append(hunt_entry(path.name, points, lines))
-    for result in results:
-        print(f"{result['score']} of {result['max_score']}  {result['name']}")
-        print(indented(result["output"]))
+        results.append(entry(file, points, 3, lines, "after_due_date"))
+    print(as_text(results))
     if args.results:
         write_results(args.results, results)
 
 
-def passes(path: Path, bug) -> tuple[bool, str]:
-    """Whether a student's test passes, and if not what it says. bug: one of `three_bugs`, or
-    None."""
-    planted = bug and (bug[0].file, bug[0].right, bug[0].wrong, bug[1])
-    notes, stopped = in_process(run_hunted_test, str(path.resolve()), planted, seconds=60)
-    tests = [note for note in notes if "::" in note[0]]
-    wrong = [text for _, passed, text in notes if not passed]
-    if stopped or not tests:
-        return False, stopped or (wrong or ["there is no test in it"])[0]
-    return not wrong, (wrong or [""])[0]
-
-
-def hunt_entry(name: str, points: int, lines: list[str]) -> dict:
-    return {
-        "name": name,
-        "score": points,
-        "max_score": 3,
-        "status": "passed" if points == 3 else "failed",
-        "output": "\n".join(lines),
-        "visibility": "after_due_date",
-    }
+def try_hunted(path: Path, file: str, name: str, changes: tuple[str, str]) -> tuple[bool, str]:
+    """Whether a student's test passes with a piece of a function replaced, and what it says."""
+    work = run_hunted_test, str(path.resolve()), file, name, changes
+    notes, stopped = in_process(*work, seconds=60)
+    last = {test: how for test, *how in notes}  # what was noted last about a test counts
+    said = [text for passed, text in last.values() if not passed]
+    if stopped or not any("::" in test for test in last):
+        said = [stopped or (said or ["there is no test in it"])[0]]
+    return not said, (said or [""])[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -575,23 +605,27 @@ def main():
     )
     add = parser.add_argument
     add("--student", type=Path, metavar="DIR", help="write a copy for students")
+    add("--solved", type=Path, metavar="DIR", help="write a copy for teachers, with all solutions")
     add("--grade", type=Path, metavar="HANDIN", help="grade a folder")
-    add("--weeks", default="1-9", help="of the exercises: 3, or 1-3 (default: all)")
+    add("--weeks", help="of the exercises: 3, or 1-3 (default: all)")
     add("--seed", default="", help="of a copy's facts, of --curves")
     add("--secret", default="", help="of hidden tests, bug hunts and the leaderboard: any text")
     add("--exercise", metavar="NAMES", help="grade just these, as in gae,policy_loss")
     add("--results", type=Path, metavar="FILE", help="write Gradescope's results.json")
     add("--github", action="store_true", help="visible tests only, a summary, and an exit code")
     add("--gradescope", type=Path, metavar="ZIP", help="write Gradescope's autograder")
-    add("--checkpoints", type=Path, metavar="ZIP", help="pack the models of --out")
+    add("--checkpoints", type=Path, metavar="ZIP", help="pack models of --out made before --weeks")
     add("--out", type=Path, default=ROOT / "out", help="folder of finished default runs")
     add("--bug-hunt", metavar="ID", help="with --student or --grade: three bugs for this student")
+    add("--bugs", type=Path, metavar="FILE", help="of --bug-hunt, a list as in tests/mutants.py")
     add("--curves", type=Path, metavar="PNG", help="draw runs of PPO without names")
     add("--leaderboard", type=Path, metavar="HANDIN", help="rerun and measure a training script")
     add("--stage", choices=("ppo", "dpo"), default="ppo", help="of --leaderboard")
-    add("--budget", type=float, help="of --leaderboard, in forward passes over one token")
     args = parser.parse_args()
-    weeks = parse_weeks(args.weeks)
+    for name, value in list(vars(args).items()):
+        if isinstance(value, Path):  # since grading goes to the project's folder
+            setattr(args, name, value.resolve())
+    weeks = parse_weeks(args.weeks or f"1-{EXERCISES[-1].week}")
     exercises = [exercise for exercise in EXERCISES if exercise.week in weeks]
     if args.exercise:
         names = [exercise.name for exercise in EXERCISES]
@@ -602,23 +636,36 @@ def main():
         raise SystemExit("--bug-hunt needs --secret: else students could find their bugs by name")
     if args.gradescope and not args.secret:
         raise SystemExit("--gradescope needs --secret, the seed of the hidden tests: any text")
-    if args.student and args.bug_hunt:
-        hunt_copy(args.student, args.bug_hunt, args.secret)
+    for option, folder in (("--grade", args.grade), ("--leaderboard", args.leaderboard)):
+        if folder and not folder.is_dir():
+            raise SystemExit(f"{option} {folder}: there is no such folder")
+    if args.gradescope:
+        pack_gradescope(args.gradescope, weeks, args.secret)
+        return
+    if args.secret:
+        # Code of students runs in forks of this process. What it may find there is of use for
+        # nothing else: not for the bugs of others, if it is graded for an exercise.
+        purpose = "bugs" if args.bug_hunt else "leaderboard" if args.leaderboard else "exercises"
+        args.secret = hashlib.sha256(f"{purpose} {args.secret}".encode()).hexdigest()[:16]
+        del sys.argv[1:]
+    if args.bug_hunt and (args.student or args.grade):
+        bugs = hunted_bugs(args.bugs)
+        if args.student:
+            hunt_copy(args.student, bugs, args.bug_hunt, args.secret)
+        else:
+            grade_hunt(args.grade, bugs, args.bug_hunt, args)
     elif args.student:
         student_copy(args.student, weeks, args.seed)
-    elif args.grade and args.bug_hunt:
-        grade_hunt(args.grade, args.bug_hunt, args)
+    elif args.solved:
+        solved_copy(args.solved, args.seed)
     elif args.grade:
         sys.exit(grade_handin(args.grade, exercises, args))
-    elif args.gradescope:
-        pack_gradescope(args.gradescope, weeks, args.secret)
     elif args.checkpoints:
-        pack_checkpoints(args.checkpoints, args.out)
+        pack_checkpoints(args.checkpoints, args.out, weeks.start if args.weeks else 10)
     elif args.curves:
         curves(args.curves, args.seed)
     elif args.leaderboard:
-        given = args.stage, args.out, args.secret, args.results, args.budget
-        sys.exit(leaderboard(args.leaderboard, *given))
+        sys.exit(leaderboard(args.leaderboard, args.stage, args.out, args.secret, args.results))
     else:
         parser.error("say what to do: one of the lines that -h shows")
 

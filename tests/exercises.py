@@ -8,9 +8,10 @@ version of it in place of the project's. Nothing in this file is handed out but 
     cases     calls of the function, the smallest first. Those of a public seed are for feedback:
               the first that differs from the project's own function is shown with both results.
               Those of a secret seed are the hidden tests
-    mistakes  typical wrong answers, as changes of the right one. A hand-in that returns in all
-              public cases what such a change returns gets its sentence. The mutants of
-              tests/mutants.py that lie inside the function are added to them, with their symptoms
+    mistakes  typical wrong answers: a sentence about each, and changes of the right one. A hand-in
+              that returns in all public cases what such a change returns gets the sentence. The
+              mutants of tests/mutants.py that lie inside the function are added, with their
+              symptoms, so they need no entry here
 """
 
 import re
@@ -47,8 +48,8 @@ class Exercise:
     equation: str  # for the handout
     tests: dict[str, tuple[int, str]]  # file::test in tests/ -> (weight, hint)
     cases: Callable  # torch.Generator -> pairs (the call as text, a function that makes it)
-    questions: list[tuple[str, str]]  # to be answered in writing: (question, key)
-    mistakes: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # {right: wrong}
+    questions: list[str]  # to be answered in writing: a line, and below it the key
+    mistakes: dict[str, list] = field(default_factory=dict)  # sentence -> [{right: wrong}, ...]
     keep: int = 0  # statements of the body, after the docstring, that students are given
 
 
@@ -163,8 +164,8 @@ def sample(rng):
     settings = [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}]
     settings += [{"temperature": 2.0, "top_p": 0.9}, {"top_k": 3, "temperature": 0.7}, {"top_k": 9}]
     for number, how in enumerate(settings):
-        logits = draw(rng, 2 + number % 4)
-        # without ties, and with no probability near the edge of top_p
+        # Without ties, and with no token so rare that 4000 draws might miss it.
+        logits = draw(rng, 2 + number % 4).clamp(-1, 1)
         logits = logits + torch.arange(len(logits)).double() / 100
 
         def run(logits=logits, how=how):
@@ -175,7 +176,7 @@ def sample(rng):
             torch.manual_seed(2)
             again, _ = gpt.sample(rows, generator=generator.manual_seed(5), **how)
             drawn = torch.bincount(ids, minlength=len(logits))
-            found = torch.zeros(len(logits)).scatter(0, ids, logprobs)
+            found = torch.zeros(len(logits)).scatter(0, ids, logprobs.float())
             expected = torch.where(drawn > 0, found.exp(), 0.0)
             return {
                 "tokens that are drawn": (drawn > 0).nonzero().squeeze(1),
@@ -385,32 +386,24 @@ EXERCISES = [
         },
         cases=train_bpe,
         questions=[
-            (
-                "Why does the docstring say which of two equally frequent pairs is merged?",
-                "Merges define ids. If the order of a dict decided, the same text could give "
-                "another vocabulary, and a checkpoint would read other tokens than it was trained "
-                "on.",
-            ),
-            (
-                "Why may no merge cross the border of a pre-token? What would tokens look like?",
-                'There would be a token for "dog." beside the one for "dog", and for frequent '
-                "phrases: ids spent on combinations, each of which has to be learned anew.",
-            ),
+            "Why does the docstring say which of two equally frequent pairs is merged?\n"
+            "Merges define ids. If the order of a dict decided, the same text could give another "
+            "vocabulary, and a checkpoint would read other tokens than it was trained on.",
+            "Why may no merge cross the border of a pre-token? What would tokens look like?\n"
+            'There would be a token for "dog." beside the one for "dog", and for frequent phrases: '
+            "ids spent on combinations, each of which has to be learned anew.",
         ],
-        mistakes=[
-            (
-                "You count every distinct word once, however often it occurs in the text.",
-                {"counts = list(found.values())": "counts = [1] * len(found)"},
-            ),
-            (
-                "Five ids are for special tokens: there are n_vocab - 256 - 5 merges.",
-                {"n_vocab - len(SPECIALS)": "n_vocab"},
-            ),
-            (
-                "You go on merging pairs that occur only once.",
-                {"-heap[0][0] < 2": "-heap[0][0] < 1"},
-            ),
-        ],
+        mistakes={
+            "You count every distinct word once, however often it occurs in the text.": [
+                {"counts = list(found.values())": "counts = [1] * len(found)"}
+            ],
+            "Five ids are for special tokens: there are n_vocab - 256 - 5 merges.": [
+                {"n_vocab - len(SPECIALS)": "n_vocab"}
+            ],
+            "You go on merging pairs that occur only once.": [
+                {"-heap[0][0] < 2": "-heap[0][0] < 1"}
+            ],
+        },
     ),
     Exercise(
         name="attention",
@@ -442,50 +435,37 @@ EXERCISES = [
         },
         cases=attention,
         questions=[
-            (
-                "Scores are divided by sqrt(hs). What would happen without, the wider the heads?",
-                "A product of hs terms of variance 1 has SD sqrt(hs). Softmax of such scores is "
-                "nearly one-hot: attention looks at single tokens, and gradients vanish.",
-            ),
-            (
-                "Why is a future score set to -inf before the softmax, and not its weight to 0 "
-                "after it?",
-                "The weights would no longer add up to 1, and future scores would still stand in "
-                "the denominator: the past would depend on them.",
-            ),
+            "Scores are divided by sqrt(hs). What would happen without, the wider the heads?\n"
+            "A product of hs terms of variance 1 has SD sqrt(hs). Softmax of such scores is nearly "
+            "one-hot: attention looks at single tokens, and gradients vanish.",
+            "Why is a future score set to -inf before the softmax, and not its weight to 0 after "
+            "it?\n"
+            "The weights would no longer add up to 1, and future scores would still stand in the "
+            "denominator: the past would depend on them.",
         ],
-        mistakes=[
-            (
-                "The scale is missing: divide the scores by sqrt(hs), hs being the size of a head.",
-                {"attn_mask=mask, ": "attn_mask=mask, scale=1.0, "},
-            ),
-            (
-                "Your scale is that of the width C: divide by sqrt(hs), the size of one head.",
-                {"attn_mask=mask, ": "attn_mask=mask, scale=C**-0.5, "},
-            ),
-            (
-                "The cache is left out: while sampling, k and v are those that cache.update "
-                "returns, and a query looks at all of them.",
+        mistakes={
+            "Your scale is that of the width C: divide by sqrt(hs), the size of one head.": [
+                {"attn_mask=mask, ": "attn_mask=mask, scale=C**-0.5, "}
+            ],
+            "The cache is left out: while sampling, k and v are those that cache.update returns, "
+            "and a query looks at all of them.": [
                 {
                     "        if cache is not None:\n"
                     "            k, v = cache.update(layer, positions, mask, k, v)\n": "",
                     "attn_mask=mask, is_causal=mask is None": "is_causal=True",
-                },
-            ),
-            (
-                "The mask that comes with a cache is not used: rows of different length need it.",
-                {"attn_mask=mask, is_causal=mask is None": "is_causal=mask is None"},
-            ),
-            (
-                "The heads are put side by side in the wrong order: transpose back to "
-                "(B, T, nh, hs) before reshaping to (B, T, C).",
-                {"y.transpose(1, 2).reshape(B, T, C)": "y.reshape(B, T, C)"},
-            ),
-            (
-                "The output layer is missing: return self.c_proj of the heads.",
-                {"return self.c_proj(y)": "return y"},
-            ),
-        ],
+                }
+            ],
+            "The mask that comes with a cache is not used: rows of different length need it.": [
+                {"attn_mask=mask, is_causal=mask is None": "is_causal=mask is None"}
+            ],
+            "The heads are put side by side in the wrong order: transpose back to (B, T, nh, hs) "
+            "before reshaping to (B, T, C).": [
+                {"y.transpose(1, 2).reshape(B, T, C)": "y.reshape(B, T, C)"}
+            ],
+            "The output layer is missing: return self.c_proj of the heads.": [
+                {"return self.c_proj(y)": "return y"}
+            ],
+        },
     ),
     Exercise(
         name="cache",
@@ -512,26 +492,21 @@ EXERCISES = [
         },
         cases=cache_update,
         questions=[
-            (
-                "A response of T tokens is sampled. How many tokens does the model read with the "
-                "cache, and how many without?",
-                "T with it, 1 + 2 + ... + T = T (T + 1) / 2 without.",
-            )
+            "After a prompt of P tokens, T tokens are sampled. How many tokens does the model "
+            "read with the cache, and how many without?\n"
+            "P + T - 1 with it; P + (P + 1) + ... + (P + T - 1) = T P + T (T - 1) / 2 without.",
         ],
-        mistakes=[
-            (
-                "Values are stored as keys, or the other way round.",
-                {"= k[:, :, 0], v[:, :, 0]": "= v[:, :, 0], k[:, :, 0]"},
-            ),
-            (
-                "All rows are written at the first row's position; each has its own.",
-                {"slice(None), positions ": "slice(None), positions[:1] "},
-            ),
-            (
-                "Only the new token is returned; the query also looks at all that are stored.",
-                {"return keys[:, :, :end], values[:, :, :end]": "return k, v"},
-            ),
-        ],
+        mistakes={
+            "Values are stored as keys, or the other way round.": [
+                {"= k[:, :, 0], v[:, :, 0]": "= v[:, :, 0], k[:, :, 0]"}
+            ],
+            "All rows are written at the first row's position; each has its own.": [
+                {"slice(None), positions ": "slice(None), positions[:1] "}
+            ],
+            "Only the new token is returned; the query also looks at all that are stored.": [
+                {"return keys[:, :, :end], values[:, :, :end]": "return k, v"}
+            ],
+        },
     ),
     Exercise(
         name="sample",
@@ -563,34 +538,25 @@ EXERCISES = [
         },
         cases=sample,
         questions=[
-            (
-                "Four tokens have probabilities 0.5, 0.3, 0.15 and 0.05. Which can top_p 0.9 draw, "
-                "and with which probabilities?",
-                "The first three, which have 0.95 (two have only 0.8): 0.526, 0.316 and 0.158.",
-            )
+            "Four tokens have probabilities 0.5, 0.3, 0.15 and 0.05. Which can top_p 0.9 draw, "
+            "and with which probabilities?\n"
+            "The first three, which have 0.95 (two have only 0.8): 0.526, 0.316 and 0.158.",
         ],
-        mistakes=[
-            (
-                "Draw from the generator that is passed: yours is the global one.",
-                {"device=probs.device, generator=generator": "device=probs.device"},
-            ),
-            (
-                "The log-probability is that of the logits before temperature, top_k and top_p.",
+        mistakes={
+            "The log-probability is that of the logits before temperature, top_k and top_p.": [
                 {
                     "logits = logits.float()": "logits = raw = logits.float()",
                     "return ids, probs.gather(1, ids[:, None]).squeeze(1).log()": "return ids, "
                     "raw.log_softmax(1).gather(1, ids[:, None]).squeeze(1)",
-                },
-            ),
-            (
-                "top_p drops the token with which the sum reaches top_p; it belongs to the set.",
-                {"- sorted_logits.softmax(1)\n": "\n", "out = before >=": "out = before >"},
-            ),
-            (
-                "Logits are multiplied by the temperature: divide by it.",
-                {"logits / max(temperature, 1e-30)": "logits * temperature"},
-            ),
-        ],
+                }
+            ],
+            "top_p drops the token with which the sum reaches top_p; it belongs to the set.": [
+                {"- sorted_logits.softmax(1)\n": "\n", "out = before >=": "out = before >"}
+            ],
+            "Logits are multiplied by the temperature: divide by it.": [
+                {"logits / max(temperature, 1e-30)": "logits * temperature"}
+            ],
+        },
     ),
     Exercise(
         name="lr_at",
@@ -599,8 +565,8 @@ EXERCISES = [
         function="lr_at",
         points=3,
         minutes=20,
-        equation="min of (step + 1) / warmup, 1 and\n"
-        "    floor + (1 - floor) (steps - step) / (steps - warmup)",
+        equation="min of (step + 1) / max(warmup, 1), 1 and\n"
+        "    floor + (1 - floor) (steps - step) / max(steps - warmup, 1)",
         tests={
             LOSS + "learning_rate_rises_then_falls_to_its_floor": (
                 1,
@@ -610,18 +576,15 @@ EXERCISES = [
         },
         cases=lr_at,
         questions=[
-            (
-                "Why does a run with Adam begin with small steps?",
-                "Its second moments rest on one or two gradients then, so each weight would move "
-                "by the full rate, in the direction of noise.",
-            )
+            "Why does a run with Adam begin with small steps?\n"
+            "Its second moments rest on one or two gradients then, so each weight would move by "
+            "the full rate, in the direction of noise.",
         ],
-        mistakes=[
-            (
-                "The decay ignores floor: it ends at 0.",
-                {"floor + (1 - floor) * (steps": "1.0 * (steps"},
-            )
-        ],
+        mistakes={
+            "The decay ignores floor: it ends at 0.": [
+                {"floor + (1 - floor) * (steps": "1.0 * (steps"}
+            ],
+        },
     ),
     Exercise(
         name="encode_chat",
@@ -649,19 +612,14 @@ EXERCISES = [
         },
         cases=encode_chat,
         questions=[
-            (
-                "Why is <|end|> learned, and why is <|assistant|> not?",
-                "The model has to say when it stops; a turn is opened for it, so it never has to "
-                "predict that.",
-            )
+            "Why is <|end|> learned, and why is <|assistant|> not?\n"
+            "The model has to say when it stops; a turn is opened for it, so it never has to "
+            "predict that.",
         ],
-        mistakes=[
-            (
-                "The system message is lost: it opens the next user message, with a blank line "
-                "between them.",
-                {'system = text + "\\n\\n"': 'system = ""'},
-            )
-        ],
+        mistakes={
+            "The system message is lost: it opens the next user message, with a blank line between "
+            "them.": [{'system = text + "\\n\\n"': 'system = ""'}],
+        },
     ),
     Exercise(
         name="sft_loss",
@@ -688,45 +646,19 @@ EXERCISES = [
         },
         cases=reading(train_sft, "sft_loss"),
         questions=[
-            (
-                "Averaged over the tokens of a batch, or over the means of its rows: whom does "
-                "each favour?",
-                "Over tokens, long responses weigh more, and each token the same. Over rows, a "
-                "token of a short response weighs more.",
-            )
+            "Averaged over the tokens of a batch, or over the means of its rows: whom does each "
+            "favour?\n"
+            "Over tokens, long responses weigh more, and each token the same. Over rows, a token "
+            "of a short response weighs more.",
         ],
-        mistakes=[
-            (
-                "Not shifted: you compare the state after token t with token t itself, which it "
-                "has seen. The target is token t + 1.",
-                {"tokens[:, 1:], mask[:, 1:]": "tokens[:, :-1], mask[:, :-1]"},
-            ),
-            (
-                "Not shifted: you compare the state after token t with token t itself, which it "
-                "has seen. The target is token t + 1, under the mask of token t + 1.",
+        mistakes={
+            "Not shifted: you compare the state after token t with token t itself, which it has "
+            "seen. The target is token t + 1, under the mask of token t + 1.": [
                 {"tokens[:, 1:], mask[:, 1:]": "tokens[:, :-1], mask[:, 1:]"},
-            ),
-            (
-                "Not shifted: you compare the state after token t with token t itself, which it "
-                "has seen. The target is token t + 1, under the mask of token t + 1.",
                 {"tokens[:, :-1]": "tokens", "tokens[:, 1:], mask[:, 1:]": "tokens, mask"},
-            ),
-            (
-                "The mask is left out: prompts and padding are learned as well.",
-                {
-                    "hidden[counts]": "hidden.flatten(0, 1)",
-                    "target[counts]": "target.flatten()",
-                },
-            ),
-            (
-                "The mask has to be shifted with the tokens: mask[:, 1:] says which targets count.",
-                {"mask[:, 1:]": "mask[:, :-1]"},
-            ),
-            (
-                "A sum where a mean is asked for.",
-                {"reduction=reduction": 'reduction="sum"'},
-            ),
-        ],
+            ],
+            "A sum where a mean is asked for.": [{"reduction=reduction": 'reduction="sum"'}],
+        },
     ),
     Exercise(
         name="preference_loss",
@@ -754,28 +686,14 @@ EXERCISES = [
         },
         cases=preference_loss,
         questions=[
-            (
-                "The reference run agrees with 0.73 of the held-out labels, an oracle that knows "
-                "gold with 0.79. Why is 1 out of reach?",
-                "Annotators prefer the better response only with probability sigmoid of the "
-                "difference in gold over tau: labels of close pairs are nearly coins.",
-            )
+            "The reference run agrees with 0.73 of the held-out labels, an oracle that knows "
+            "gold with 0.79. Why is 1 out of reach?\n"
+            "Annotators prefer the better response only with probability sigmoid of the difference "
+            "in gold over tau: labels of close pairs are nearly coins.",
         ],
-        mistakes=[
-            (
-                "The sign is swapped: the loss must fall when chosen scores rise.",
-                {"chosen_scores - rejected_scores": "rejected_scores - chosen_scores"},
-            ),
-            (
-                "log(sigmoid(x)) is -inf for a pair that is very wrong: use F.logsigmoid.",
-                {
-                    "-F.logsigmoid(chosen_scores - rejected_scores).mean()": "-torch.log("
-                    "torch.sigmoid(chosen_scores - rejected_scores)).mean()"
-                },
-            ),
-            ("A sum over pairs where a mean is asked for.", {".mean()": ".sum()"}),
-            ("One loss per pair where their mean is asked for.", {".mean()": ""}),
-        ],
+        mistakes={
+            "The mean over pairs is asked for.": [{".mean()": ".sum()"}, {".mean()": ""}],
+        },
     ),
     Exercise(
         name="last_token_scores",
@@ -794,26 +712,16 @@ EXERCISES = [
         },
         cases=last_token_scores,
         questions=[
-            (
-                "Why may anything at all stand in the padding on the right? And on the left?",
-                "Attention is causal: nothing looks to its right. On the left it would be seen by "
-                "the row, and would shift its positions.",
-            )
+            "Why may anything at all stand in the padding on the right? And on the left?\n"
+            "Attention is causal: nothing looks to its right. On the left it would be seen by the "
+            "row, and would shift its positions.",
         ],
-        mistakes=[
-            (
-                "You read the last column, which is padding in all rows but the longest.",
-                {"scores.gather(1, last[:, None]).squeeze(1)": "scores[:, -1]"},
-            ),
-            (
-                "One token too early: the last one has index length - 1.",
+        mistakes={
+            "That is not the last token's score: its index is length - 1.": [
                 {"len(row) - 1": "max(len(row) - 2, 0)"},
-            ),
-            (
-                "The first token's score: nothing of the response has been read there.",
                 {"scores.gather(1, last[:, None]).squeeze(1)": "scores[:, 0]"},
-            ),
-        ],
+            ],
+        },
     ),
     Exercise(
         name="token_rewards",
@@ -822,7 +730,8 @@ EXERCISES = [
         function="token_rewards",
         points=6,
         minutes=40,
-        equation="R_t = -beta (log pi_old - log pi_ref)(y_t), plus r(x, y) at the last token of y",
+        equation="R_t = -beta kl_estimate(log pi_old - log pi_ref, estimate)(y_t),\n"
+        "    plus r(x, y) at the last token of y",
         tests={
             PPO + "rewards_add_up_to_score_minus_beta_times_kl": (
                 3,
@@ -835,26 +744,21 @@ EXERCISES = [
         },
         cases=token_rewards,
         questions=[
-            (
-                "Why is the score paid at the last token alone, but the KL penalty at every one?",
-                "The score is of the whole response. The log-ratio is a sum over tokens: what each "
-                "adds is known as soon as it is chosen, and so GAE can blame the right one.",
-            )
+            "Why is the score paid at the last token alone, but the KL penalty at every one?\n"
+            "The score is of the whole response. The log-ratio is a sum over tokens: what each "
+            "adds is known as soon as it is chosen, and so GAE can blame the right one.",
         ],
-        mistakes=[
-            (
-                "The score is lost: it is added at the last token of the response.",
-                {"last] += scores": "last] += 0 * scores"},
-            ),
-            (
-                "The score stands in the last column, which need not belong to the response.",
-                {"(mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)": "-1"},
-            ),
-            (
-                "The penalty is also paid outside the mask, for prompts and padding.",
-                {"ref_logprobs, estimate) * mask": "ref_logprobs, estimate)"},
-            ),
-        ],
+        mistakes={
+            "The score is lost: it is added at the last token of the response.": [
+                {"last] += scores": "last] += 0 * scores"}
+            ],
+            "The score stands in the last column, which need not belong to the response.": [
+                {"(mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)": "-1"}
+            ],
+            "The penalty is also paid outside the mask, for prompts and padding.": [
+                {"ref_logprobs, estimate) * mask": "ref_logprobs, estimate)"}
+            ],
+        },
     ),
     Exercise(
         name="gae",
@@ -891,39 +795,23 @@ EXERCISES = [
         },
         cases=gae,
         questions=[
-            (
-                "What does lambda 1 trust, what does lambda 0, and what does each cost?",
-                "1 trusts the rewards that followed: no bias, but all their noise. 0 trusts the "
-                "critic's next value: little noise, but its mistakes.",
-            )
+            "What does lambda 1 trust, what does lambda 0, and what does each cost?\n"
+            "1 trusts the rewards that followed: no bias, but all their noise. 0 trusts the "
+            "critic's next value: little noise, but its mistakes.",
         ],
-        mistakes=[
-            (
-                "The value of padding is taken as next value: after the last token of a response "
-                "nothing follows, so it is 0. Multiply it by the mask.",
-                {"next_value = values[:, t] * mask[:, t]": "next_value = values[:, t]"},
-            ),
-            (
-                "The returns are wrong: they are A + V, what the critic should have predicted.",
-                {"(advantages + values) * mask": "advantages * mask"},
-            ),
-            (
-                "gamma is forgotten in the recursion: A_t = delta_t + gamma lambda A_{t+1}.",
+        mistakes={
+            "The returns are wrong: they are A + V, what the critic should have predicted.": [
+                {"(advantages + values) * mask": "advantages * mask"}
+            ],
+            "gamma or lambda is missing in the recursion: A_t = delta_t + gamma lambda A_{t+1}.": [
                 {"gamma * lam * next_advantage": "lam * next_advantage"},
-            ),
-            (
-                "lambda is forgotten in the recursion: A_t = delta_t + gamma lambda A_{t+1}.",
                 {"gamma * lam * next_advantage": "gamma * next_advantage"},
-            ),
-            (
-                "V_t is not subtracted: delta_t = R_t + gamma V_{t+1} - V_t.",
+            ],
+            "A value is missing: delta_t = R_t + gamma V_{t+1} - V_t.": [
                 {" + gamma * next_value - values[:, t]": " + gamma * next_value"},
-            ),
-            (
-                "The next value is missing: delta_t = R_t + gamma V_{t+1} - V_t.",
                 {" + gamma * next_value": ""},
-            ),
-        ],
+            ],
+        },
     ),
     Exercise(
         name="policy_loss",
@@ -947,38 +835,21 @@ EXERCISES = [
         },
         cases=policy_loss,
         questions=[
-            (
-                "What is the ratio in the first minibatch of an iteration, and what does clipping "
-                "do there?",
-                "1, since nothing has been updated since sampling, and so nothing is clipped: the "
-                "gradient is that of -A log pi.",
-            )
+            "What is the ratio in the first minibatch of an iteration, and what does clipping do "
+            "there?\n"
+            "1, since nothing has been updated since sampling, and so nothing is clipped: the "
+            "gradient is that of -A log pi.",
         ],
-        mistakes=[
-            (
-                "The minimum of two losses: the paper's minimum is of objectives, so of losses it "
-                "is the maximum. As it is, nothing is ever clipped where it matters.",
-                {"torch.max(-advantages": "torch.min(-advantages"},
-            ),
-            (
-                "You return the mean: a loss per token (B, T) is asked for, and the caller "
-                "averages over the mask.",
-                {"return loss, ratio": "return loss.mean(), ratio"},
-            ),
-            (
-                "The sign is wrong: this is the objective, which is to be maximised. The loss is "
-                "its negative.",
-                {"return loss, ratio": "return -loss, ratio"},
-            ),
-            (
-                "The ratio is upside down: it is pi / pi_old.",
-                {"(logprobs - old_logprobs).exp()": "(old_logprobs - logprobs).exp()"},
-            ),
-            (
-                "Nothing is clipped.",
-                {"ratio.clamp(1 - clip, 1 + clip)": "ratio"},
-            ),
-        ],
+        mistakes={
+            "You return the mean: a loss per token (B, T) is asked for, and the caller averages "
+            "over the mask.": [{"return loss, ratio": "return loss.mean(), ratio"}],
+            "The sign is wrong: this is the objective, which is to be maximised. The loss is its "
+            "negative.": [{"return loss, ratio": "return -loss, ratio"}],
+            "The ratio is upside down: it is pi / pi_old.": [
+                {"(logprobs - old_logprobs).exp()": "(old_logprobs - logprobs).exp()"}
+            ],
+            "Nothing is clipped.": [{"ratio.clamp(1 - clip, 1 + clip)": "ratio"}],
+        },
     ),
     Exercise(
         name="group_advantages",
@@ -987,13 +858,14 @@ EXERCISES = [
         function="group_advantages",
         points=5,
         minutes=40,
-        equation="rloo return - mean of the others;  grpo (return - mean) / SD;\n"
-        "    dr_grpo return - mean",
+        equation="rloo     return - mean of the others\n"
+        "    grpo     (return - mean) / (SD + 1e-4), SD dividing by n\n"
+        "    dr_grpo  return - mean",
         tests={
             PPO + "a_response_is_compared_with_the_others_to_its_prompt": (
                 3,
                 "Groups are told by `prompts`, in any order; rloo leaves a response out of its own "
-                "baseline; the SD of grpo divides by n, plus 1e-4.",
+                "baseline.",
             ),
             PPO + "where_all_responses_to_a_prompt_earn_the_same_there_is_nothing_to_learn": (
                 1,
@@ -1006,19 +878,16 @@ EXERCISES = [
         },
         cases=group_advantages,
         questions=[
-            (
-                "All eight responses to a prompt are right. What does it teach, and what follows "
-                "for the choice of prompts?",
-                "Nothing: all advantages are 0. Prompts should be such that some responses are "
-                "right and some wrong.",
-            )
+            "All eight responses to a prompt are right. What does it teach, and what follows for "
+            "the choice of prompts?\n"
+            "Of the reward nothing: what is left compares KL penalties, and is 0 if there are "
+            "none. Prompts should be such that some responses are right and some wrong.",
         ],
-        mistakes=[
-            (
-                "The mean is over all responses: compare only with those to the same prompt.",
-                {"(prompts[:, None] == prompts)": "(prompts[:, None] > prompts - 99)"},
-            ),
-        ],
+        mistakes={
+            "The mean is over all responses: compare only with those to the same prompt.": [
+                {"(prompts[:, None] == prompts)": "(prompts[:, None] > prompts - 99)"}
+            ],
+        },
     ),
     Exercise(
         name="sequence_logprobs",
@@ -1037,27 +906,19 @@ EXERCISES = [
         },
         cases=reading(train_dpo, "sequence_logprobs"),
         questions=[
-            (
-                "DPO's equation needs sums. What changes if you put in means per token?",
-                "beta h is divided by the length, so the loss stays near ln 2 and beta means "
-                "something else for every length. (SimPO does it on purpose, with a large beta.)",
-            )
+            "DPO's equation needs sums. What changes if you put in means per token?\n"
+            "beta h is divided by the length, so the loss stays near ln 2 and beta means something "
+            "else for every length. (SimPO does it on purpose, with a large beta.)",
         ],
-        mistakes=[
-            (
-                "A mean over the tokens of a response: DPO's equation needs the sum.",
-                {".sum(1)": ".sum(1) / mask[:, 1:].sum(1)"},
-            ),
-            (
-                "Not shifted: the state after token t predicts token t + 1.",
-                {"tokens[:, 1:].masked_fill(": "tokens[:, :-1].masked_fill("},
-            ),
-            (
-                "The mask is left out: the prompt is counted, too.",
-                {"tokens[:, 1:].masked_fill(~mask[:, 1:], -100)": "tokens[:, 1:]"},
-            ),
-            ("The sign is wrong: log-probabilities are negative.", {".sum(1)": ".sum(1).neg()"}),
-        ],
+        mistakes={
+            "Not shifted: the state after token t predicts token t + 1.": [
+                {"tokens[:, 1:].masked_fill(": "tokens[:, :-1].masked_fill("}
+            ],
+            "The mask is left out: the prompt is counted, too.": [
+                {"tokens[:, 1:].masked_fill(~mask[:, 1:], -100)": "tokens[:, 1:]"}
+            ],
+            "The sign is wrong: log-probabilities are negative.": [{".sum(1)": ".sum(1).neg()"}],
+        },
     ),
     Exercise(
         name="dpo_loss",
@@ -1099,58 +960,37 @@ EXERCISES = [
         },
         cases=dpo_loss,
         questions=[
-            (
-                "The first loss of every DPO run is ln 2. Why?",
-                "The policy is still its own reference, so h is 0, and -log sigmoid(0) is ln 2.",
-            ),
-            (
-                "In the log the log-ratio of chosen responses falls. Is that a bug?",
-                "No: the loss asks only for the difference. Chosen responses are not what the "
-                "policy itself would say most, and usually both fall, rejected ones faster.",
-            ),
+            "The first loss of every run with `--loss dpo` is ln 2. Why?\n"
+            "The policy is still its own reference, so h is 0, and -log sigmoid(0) is ln 2.",
+            "In the log the log-ratio of chosen responses falls. Is that a bug?\n"
+            "No: the loss asks only for the difference. Chosen responses are not what the policy "
+            "itself would say most, and usually both fall, rejected ones faster.",
         ],
-        mistakes=[
-            (
-                "You return the mean, or only one number: a loss for every pair is asked for (B,).",
+        mistakes={
+            "You return the mean, or only one number: a loss for every pair is asked for (B,).": [
                 {
                     "return loss - cfg.nll * logprobs[0] / lengths[0]": "return (loss - cfg.nll * "
                     "logprobs[0] / lengths[0]).mean()"
-                },
-            ),
-            *[
-                (
-                    "Only DPO, and its mean: a loss for every pair (B,) is asked for, and cfg.loss "
-                    "may also be cdpo, ipo or simpo; nll is added to any of them.",
-                    {MARGIN: margin, **ONLY_DPO, "return loss": "return loss.mean()"},
-                )
-                for margin in (MARGIN, BETA_H)
+                }
             ],
-            *[
-                (
-                    "Only DPO: cfg.loss may also be cdpo, ipo or simpo, and nll is added to any of "
-                    "them.",
-                    {MARGIN: margin, **ONLY_DPO},
-                )
-                for margin in (MARGIN, BETA_H)
+            "Only DPO, and its mean: a loss for every pair (B,) is asked for, and cfg.loss may "
+            "also be cdpo, ipo or simpo; nll is added to any of them.": [
+                {**ONLY_DPO, "return loss": "return loss.mean()"},
+                {MARGIN: BETA_H, **ONLY_DPO, "return loss": "return loss.mean()"},
             ],
-            (
-                "The reference is left out: h compares log-ratios, log pi - log pi_ref.",
+            "Only DPO: cfg.loss may also be cdpo, ipo or simpo, and nll is added to any of them.": [
+                ONLY_DPO,
+                {MARGIN: BETA_H, **ONLY_DPO},
+            ],
+            "The reference is left out: h compares log-ratios, log pi - log pi_ref.": [
                 {MARGIN: MARGIN.replace("ref", "0 * ref")},
-            ),
-            (
-                "The reference is left out: h compares log-ratios, log pi - log pi_ref. And "
-                "cfg.loss may also be cdpo, ipo or simpo.",
                 {MARGIN: "cfg.beta * (logprobs[0] - logprobs[1])", **ONLY_DPO},
-            ),
-            (
-                "nll is forgotten: its term is added to any loss.",
-                {" - cfg.nll * logprobs[0] / lengths[0]": ""},
-            ),
-            (
-                "Chosen and rejected are swapped.",
-                {"= dpo_margin(": "= -dpo_margin("},
-            ),
-        ],
+            ],
+            "nll is forgotten: its term is added to any loss.": [
+                {" - cfg.nll * logprobs[0] / lengths[0]": ""}
+            ],
+            "Chosen and rejected are swapped.": [{"= dpo_margin(": "= -dpo_margin("}],
+        },
     ),
     Exercise(
         name="head_gradient",
@@ -1178,37 +1018,29 @@ EXERCISES = [
         },
         cases=logit_gradients,
         questions=[
-            (
-                "Every row of dz adds up to 0. Why must it?",
-                "Softmax does not change if a constant is added to all logits of a row, so the "
-                "derivative in that direction, the sum over j, is 0.",
-            ),
-            (
-                "How many bytes are the logits of 8192 tokens with a vocabulary of 50304 in "
-                "float32, and how does the head avoid them?",
-                "8192 x 50304 x 4 = 1.65e9. It works through the rows in chunks, and computes the "
-                "logits of a chunk again in the backward pass.",
-            ),
+            "Every row of dz adds up to 0. Why must it?\n"
+            "Softmax does not change if a constant is added to all logits of a row, so the "
+            "derivative in that direction, the sum over j, is 0.",
+            "How many bytes are the logits of 8192 tokens with a vocabulary of 50304 in float32, "
+            "and how does the head avoid them?\n"
+            "8192 x 50304 x 4 = 1.65e9. It works through the rows in chunks, and computes the "
+            "logits of a chunk again in the backward pass.",
         ],
-        mistakes=[
-            (
-                "The sign is that of a loss: this is the gradient of log p_t itself, "
-                "g ([j = t] - p_j).",
-                {"dz = -g[:, None] * p": "g = -g\n    dz = -g[:, None] * p"},
-            ),
-            (
-                "The target's own term is missing: g ([j = t] - p_j).",
+        mistakes={
+            "The sign is that of a loss: this is the gradient of log p_t, g ([j = t] - p_j).": [
+                {"dz = -g[:, None] * p": "g = -g\n    dz = -g[:, None] * p"}
+            ],
+            "The target's own term is missing: g ([j = t] - p_j).": [
                 {
                     "    dz.scatter_(1, t, 0.0)\n": "",
                     "    dz.scatter_(1, t, -dz.sum(1, keepdim=True))": "    pass",
-                },
-            ),
-            (
-                "The entropy's gradient is left out: h p_j (log p_j + H).",
-                {"if h is not None:\n        log_p": "if False:\n        log_p"},
-            ),
-        ],
-        keep=3,
+                }
+            ],
+            "The entropy's gradient is left out: h p_j (log p_j + H).": [
+                {"if h is not None:\n        log_p": "if False:\n        log_p"}
+            ],
+        },
+        keep=2,
     ),
 ]
 BY_NAME = {exercise.name: exercise for exercise in EXERCISES}

@@ -2,10 +2,11 @@
 otherwise right.
 
 All of the project is imported once. For every exercise a fork of this process, in which a fence
-goes up (no network, no programs, no files to write), compiles the function of the hand-in, puts it
-in place of the project's, and runs cases and tests. So nothing that one function does reaches
-another, and what a file has outside of the named function is never run. What is right is computed
-elsewhere, from the project's own function: in the student's process there is no answer to be found.
+goes up (no network, no programs, no files to write, none of the project to read but the tests),
+compiles the function of the hand-in, puts it in place of the project's, and runs cases and tests.
+So nothing that one function does reaches another, and what a file has outside of the named function
+is never run. What is right is computed from the project's own function, in another process and
+later: while a function of a hand-in runs, there is no answer to be found.
 
 The process tells its results as it goes, so those that it has are counted if it is stopped.
 
@@ -17,6 +18,7 @@ hand-in in a container (Gradescope does), and read functions that do strange thi
 import ast
 import importlib
 import json
+import linecache
 import math
 import multiprocessing
 import os
@@ -24,17 +26,22 @@ import secrets
 import signal
 import sys
 import textwrap
+import threading
 import time
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60  # of an exercise
 MEMORY = 3 * 2**30  # bytes, beyond what the project itself takes
+# What the code of a student may not read, and what of that it may: Python, where it lies inside.
+CLOSED, PYTHON = (ROOT, Path("/autograder"), Path("/proc")), (sys.prefix, sys.base_prefix)
 
 
 class HandInError(Exception):
-    """Why a function cannot be taken from a hand-in: one line for its student."""
+    """Why something cannot be taken from a hand-in: one line for its student."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,18 +71,28 @@ def is_named(node, kind, name) -> bool:
     return isinstance(node, kind) and node.name == name
 
 
-def read_function(handin: Path, file: str, name: str) -> tuple[ast.FunctionDef, Path]:
-    """A function of a hand-in, and the file that it is in: at its place, or flat in the folder."""
-    path = handin / file
-    if not path.exists():
-        path = handin / Path(file).name
-    if not path.exists():
+def find_file(handin: Path, file: str) -> Path:
+    """A file of a hand-in: at its place, flat in the folder, or the only one of its name below it,
+    as in a folder that has been zipped. Raises HandInError if there is none, or a choice."""
+    name = Path(file).name
+    for path in (handin / file, handin / name):
+        if path.is_file():
+            return path
+    found = [path for path in handin.rglob(name) if path.is_file()]
+    if len(found) > 1:
+        raise HandInError(f"{file} is there {len(found)} times: hand in one")
+    if not found:
         raise HandInError(f"{file} is missing: hand it in under this name")
+    return found[0]
+
+
+def read_file(handin: Path, file: str) -> tuple[str, Path]:
+    """The text of a file of a hand-in, and where it is. Raises HandInError if it cannot be read."""
+    path = find_file(handin, file)
     try:
-        source = path.read_text("utf-8")
+        return path.read_text("utf-8-sig"), path  # editors on Windows put a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         raise HandInError(f"{file} cannot be read: {error}")
-    return find_function(source, name, file), path
 
 
 def install(file: str, name: str, definition: ast.FunctionDef, path):
@@ -101,16 +118,21 @@ def install(file: str, name: str, definition: ast.FunctionDef, path):
 # Cases: what a function returns, in a form that can be sent and compared
 
 
-def run_cases(exercise, seed: str, note):
-    """Call the function as it is installed now, in all cases of a seed."""
+def make_cases(exercise, seed: str):
+    """The cases of a seed: pairs (the call as text, a function that makes it)."""
     import torch
 
     rng = torch.Generator().manual_seed(zlib.crc32(f"{exercise.name} {seed}".encode()))
-    for text, run in exercise.cases(rng):
+    return exercise.cases(rng)
+
+
+def run_cases(cases, note, folder: Path | None = None):
+    """Call the function as it is installed now. folder: the hand-in, whose lines errors name."""
+    for text, run in cases:
         try:
             value = plain(run())
         except Exception as error:
-            value = {"error": describe(error)}
+            value = {"error": describe(error, folder)}
         note(text, value)
 
 
@@ -135,17 +157,18 @@ def round_off(x: float):
     return float(f"{x:.7g}") if math.isfinite(x) else str(x)
 
 
-def describe(error: BaseException) -> str:
-    """An error in one line: what it is, and the last line of a student's file in its traceback."""
-    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+def describe(error: BaseException, folder: Path | None) -> str:
+    """An error in one line: what it is, and the last line of the hand-in in its traceback."""
+    from try_exercise import in_folder
+
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if isinstance(error, NameError):
         text += "; only the function itself is taken: import and define what it needs inside it"
     place, trace = "", error.__traceback__
-    while trace:
-        path = Path(trace.tb_frame.f_code.co_filename)
-        if path.suffix == ".py" and "site-packages" not in path.parts and path.parent.name != "lib":
-            if ROOT / "tests" not in path.parents:
-                place = f" ({path.name}, line {trace.tb_lineno})"
+    while trace and folder:
+        file = trace.tb_frame.f_code.co_filename
+        if in_folder(file, folder):
+            place = f" ({Path(file).name}, line {trace.tb_lineno})"
         trace = trace.tb_next
     return text[:300] + place
 
@@ -163,7 +186,7 @@ def same(a, b) -> bool:
 
 def readable(value) -> str:
     """A plain result for people: tensors as nested lists of four digits."""
-    if isinstance(value, dict) and value.keys() == {"shape", "numbers"}:
+    if is_tensor(value):
         shape, numbers = value["shape"], [short(x) for x in value["numbers"]]
         if len(numbers) > 16:
             return f"(a tensor {tuple(shape)} that begins {', '.join(numbers[:6])} ...)"
@@ -180,23 +203,30 @@ def readable(value) -> str:
     return short(value)
 
 
+def is_tensor(value) -> bool:
+    return isinstance(value, dict) and value.keys() == {"shape", "numbers"}
+
+
 def short(x) -> str:
     return f"{x + 0.0:.4g}" if isinstance(x, float) else str(x)  # never -0
 
 
 def difference(expected, got) -> tuple[str, str]:
     """Of two different results, the first part in which they differ, as texts."""
-    if isinstance(expected, (dict, list)) and type(expected) is type(got):
-        tensor = isinstance(expected, dict) and "numbers" in expected
-        if tensor and expected["shape"] != got.get("shape", expected["shape"]):
+    if is_tensor(expected) and is_tensor(got):
+        if expected["shape"] != got["shape"]:
             return f"shape {tuple(expected['shape'])}", f"shape {tuple(got['shape'])}"
-        keys = expected if isinstance(expected, dict) else range(len(expected))
-        alike = got.keys() == expected.keys() if isinstance(got, dict) else len(got) == len(keys)
-        if alike and not tensor and not all(isinstance(x, int) for x in expected):
-            key = next(key for key in keys if not same(expected[key], got[key]))
-            a, b = difference(expected[key], got[key])
+        numbers = expected["numbers"], got["numbers"]
+        if len(numbers[0]) > 16:  # too many to look through
+            at = next(i for i, pair in enumerate(zip(*numbers)) if not same(*pair))
+            where = [int(i) for i in np.unravel_index(at, expected["shape"])]
+            return tuple(f"at {where}: {short(x[at])}" for x in numbers)
+    elif isinstance(expected, (dict, list)) and type(expected) is type(got):
+        keys = [list(x) if isinstance(x, dict) else list(range(len(x))) for x in (expected, got)]
+        if keys[0] == keys[1] and not all(isinstance(x, int) for x in expected):
+            key = next(key for key in keys[0] if not same(expected[key], got[key]))
             label = f"result {key}" if isinstance(key, int) else key
-            return f"{label}: {a}", f"{label}: {b}"
+            return tuple(f"{label}: {x}" for x in difference(expected[key], got[key]))
     return tuple(text[:300] for text in (readable(expected), readable(got)))
 
 
@@ -204,20 +234,21 @@ def difference(expected, got) -> tuple[str, str]:
 # Processes
 
 
-def fence(writable: Path | None = None, closed: tuple[Path, ...] = ()):
+def fence(writable: Path | None = None, closed=(), opened=()):
     """From now on, and for good, this process reaches no network and starts no programs; it writes
-    nothing that is not below `writable`, and opens no file below one of `closed`."""
+    nothing that is not below `writable`, and reads nothing below a folder of `closed`, unless that
+    is below a folder, or is a file, of `opened` in turn."""
     writable = os.path.realpath(writable) if writable else None
-    closed = [os.path.realpath(path) for path in closed]
+    closed, opened = ([os.path.realpath(path) for path in some] for some in (closed, opened))
     changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     never = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
-    never += ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
+    never += ("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork")
+    never += ("os.forkpty", "os.kill", "os.killpg")
     moving = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
     moving += ("os.truncate", "os.chmod", "os.chown", "os.utime")
 
     def inside(path, folder):
-        path = os.path.realpath(os.fsdecode(path))
-        return path == folder or path.startswith(folder + os.sep)
+        return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
     def watch(event, args):
         if event in never:
@@ -230,12 +261,14 @@ def fence(writable: Path | None = None, closed: tuple[Path, ...] = ()):
         for path in paths:
             if not isinstance(path, (str, bytes, os.PathLike)):
                 continue  # an open file
-            if any(inside(path, folder) for folder in closed):
-                raise PermissionError(f"{os.fsdecode(path)} is closed")
-            allowed = writable and inside(path, writable) or os.fsdecode(path) == os.devnull
-            if writes and not allowed:
-                raise PermissionError(f"{os.fsdecode(path)} may not be written")
+            name, path = os.fsdecode(path), os.path.realpath(os.fsdecode(path))
+            around = [folder for folder in (*closed, *opened) if inside(path, folder)]
+            if max(around, key=len, default=None) in closed:  # the innermost decides
+                raise PermissionError(f"{name} is closed")
+            if writes and not (writable and inside(path, writable) or name == os.devnull):
+                raise PermissionError(f"{name} may not be written")
 
+    linecache.clearcache()  # of files that are closed now
     sys.dont_write_bytecode = True
     sys.addaudithook(watch)
 
@@ -253,7 +286,7 @@ def limit_memory():
 
 
 def load_project():
-    """Import all that exercises and their tests need, so that every fork has it."""
+    """Import all that exercises and their tests need: behind the fence it cannot be read."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for folder in (ROOT, ROOT / "tests"):
         if str(folder) not in sys.path:
@@ -264,6 +297,8 @@ def load_project():
     import tiny_runs  # noqa: F401
     import torch
     import torch._dynamo  # noqa: F401  (else every fork would, in half a second)
+
+    import data.evaluate  # noqa: F401  (and what that imports)
 
     torch.set_num_threads(1)
     return exercises
@@ -278,18 +313,21 @@ def in_process(work, *args, seconds: float):
     process = context.Process(target=_work, args=(there, work, *args), daemon=True)
     process.start()
     there.close()
-    notes, finished, until = [], False, time.monotonic() + seconds
-    while not finished and here.poll(max(until - time.monotonic(), 0)):
-        try:
-            note = json.loads(here.recv_bytes(2**26))
-        except (EOFError, OSError, ValueError):
-            break
-        finished = note == "done"
-        notes += [] if finished else [note]
-    late = time.monotonic() >= until
-    if process.is_alive():
+    # Not a limit on waiting for a note: it could come by halves, and never end.
+    clock, until = threading.Timer(seconds, process.kill), time.monotonic() + seconds
+    clock.start()
+    notes, finished, late = [], False, False
+    try:
+        while (note := json.loads(here.recv_bytes(2**26))) != "done":
+            notes.append(note)
+        finished = True
+    except (EOFError, OSError, ValueError):
+        late = time.monotonic() >= until
+        process.join(1)  # for its exit code
+    finally:
+        clock.cancel()
         process.kill()  # also if it is done: to tidy up takes it a second
-    process.join()
+        process.join()
     if finished:
         return notes, ""
     if late:
@@ -301,6 +339,7 @@ def _work(pipe, work, *args):
     load_project()
     if sys.platform != "win32":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.setpgid(0, 0)  # a signal to its own group reaches no grader
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
@@ -317,22 +356,29 @@ def grade_function(name: str, handin: str, secret: str, note):
     from exercises import BY_NAME
     from try_exercise import run_tests
 
-    exercise = BY_NAME[name]
+    exercise, folder = BY_NAME[name], Path(handin)
     try:
-        definition, path = read_function(Path(handin), exercise.file, exercise.function)
+        source, path = read_file(folder, exercise.file)
+        definition = find_function(source, exercise.function, exercise.file)
     except HandInError as error:
         note("refused", str(error))
         return
+    seeds = {"public": "", "hidden": secret}
+    cases = {kind: list(make_cases(exercise, seed)) for kind, seed in seeds.items()}
+    for other in BY_NAME.values():  # keys, and pieces of solutions
+        other.questions = other.mistakes = None
+    files = {"conftest.py", *(test.partition("::")[0] for test in exercise.tests)}
     limit_memory()
-    fence()
+    fence(closed=(*CLOSED, folder), opened=(*PYTHON, *(ROOT / "tests" / file for file in files)))
     try:
         install(exercise.file, exercise.function, definition, path)
     except Exception as error:  # a default value or an annotation that fails
-        note("refused", f"{exercise.file}, line {definition.lineno}: {describe(error)}")
+        said = describe(error, folder)
+        note("refused", f"{exercise.file}, line {definition.lineno}: {said}")
         return
-    for kind, seed in (("public", ""), ("hidden", secret)):
-        run_cases(exercise, seed, lambda text, value, kind=kind: note(kind, text, value))
-    run_tests(list(exercise.tests), lambda *result: note("test", *result))
+    for kind, some in cases.items():
+        run_cases(some, lambda text, value, kind=kind: note(kind, text, value), folder)
+    run_tests(list(exercise.tests), lambda *result: note("test", *result), folder)
 
 
 def right_answers(names: list[str], secret: str, note):
@@ -342,13 +388,15 @@ def right_answers(names: list[str], secret: str, note):
     for name in names:
         exercise = BY_NAME[name]
         for kind, seed in (("public", ""), ("hidden", secret)):
-            run_cases(exercise, seed, lambda text, value, k=kind, n=name: note(n, k, text, value))
+            cases = make_cases(exercise, seed)
+            run_cases(cases, lambda text, value, k=kind, n=name: note(n, k, text, value))
         for number, (_, changes) in enumerate(known_mistakes(exercise)):
             definition = changed(exercise, changes)
             # An assertion of ours would stop what a student's own function goes through with.
             definition.body = [s for s in definition.body if not isinstance(s, ast.Assert)]
             install(exercise.file, exercise.function, definition, exercise.file)
-            run_cases(exercise, "", lambda text, value, n=name, k=number: note(n, k, text, value))
+            cases = make_cases(exercise, "")
+            run_cases(cases, lambda text, value, k=number, n=name: note(n, k, text, value))
         install(exercise.file, exercise.function, changed(exercise, {}), exercise.file)
 
 
@@ -369,11 +417,12 @@ def changed(exercise, changes: dict[str, str]) -> ast.FunctionDef:
 
 
 def known_mistakes(exercise) -> list[tuple[str, dict[str, str]]]:
-    """Those of the exercise, and the mutants that lie inside its function."""
-    return exercise.mistakes + [
-        (f"In training you would notice it by this: {mutant.symptom}", {mutant.right: mutant.wrong})
-        for mutant in mutants_of(exercise)
-    ]
+    """Those of the exercise, and the mutants that lie inside its function: (sentence, changes)."""
+    found = [(said, change) for said, several in exercise.mistakes.items() for change in several]
+    for mutant in mutants_of(exercise):
+        said = f"In training you would notice it by this: {mutant.symptom}"
+        found.append((said, {mutant.right: mutant.wrong}))
+    return found
 
 
 def mutants_of(exercise) -> list:
@@ -391,73 +440,78 @@ def mutants_of(exercise) -> list:
 def grade(handin: Path, names: list[str], secret: str = "", seconds: float = SECONDS) -> list[dict]:
     """Points and feedback of a hand-in: two entries of Gradescope's results.json per exercise, of
     the visible tests and of the hidden ones, which are shown after the deadline."""
-    exercises, secret = load_project().BY_NAME, secret or secrets.token_hex(4)
+    given, secret = str(handin.resolve()), secret or secrets.token_hex(4)
+    exercises = load_project().BY_NAME
+    done = {}  # name -> (notes, why it was stopped)
+    for name in names:
+        done[name] = in_process(grade_function, name, given, secret, seconds=seconds)
+    # Last, so that no function of a hand-in runs in a process that has inherited the answers.
     notes, stopped = in_process(right_answers, names, secret, seconds=10 * seconds)
     if stopped:
         raise RuntimeError(f"the project's own functions: {stopped}")
     answers = {}  # name -> "public", "hidden" or the number of a mistake -> [(text, value)]
     for name, kind, text, value in notes:
         answers.setdefault(name, {}).setdefault(kind, []).append((text, value))
-    results = []
-    for name in names:
-        given = str(handin.resolve())
-        notes, stopped = in_process(grade_function, name, given, secret, seconds=seconds)
-        results += judge(exercises[name], notes, stopped, answers[name])
-    return results
+    return [e for name in names for e in judge(exercises[name], *done[name], answers[name])]
 
 
 def judge(exercise, notes: list, stopped: str, answers: dict) -> list[dict]:
     """The two entries of one exercise."""
     from exercises import HIDDEN
-    from try_exercise import claim
 
     refused = [rest[0] for kind, *rest in notes if kind == "refused"]
-    outcomes = {"public": [], "hidden": []}  # [(case, expected, got)] of cases that differ
-    right = {"public": 0, "hidden": 0}
-    for where in outcomes:
-        mine = [rest for kind, *rest in notes if kind == where]
-        for (text, expected), got in zip(answers[where], mine + [None] * len(answers[where])):
-            if got and same(expected, got[1]):
-                right[where] += 1
-            elif got:
-                outcomes[where].append((text, expected, got[1]))
+    said = refused + ([stopped] if stopped else [])
+    _, wrong = compare("public", notes, answers)
+    if wrong:
+        said += describe_case("the smallest case", wrong[0])
+        said += [f"    {what}" for what in diagnosis(exercise, notes, answers)]
+    reached, failures = try_claims(exercise, notes)
+    blank = [got["error"] for *_, got in wrong if is_blank(got)]
+    if blank and len(blank) == len(answers["public"]):
+        said = blank[:1]
+    elif not refused:
+        said += failures
 
-    total, reached, lines = sum(weight for weight, _ in exercise.tests.values()), 0.0, []
-    results = [rest for kind, *rest in notes if kind == "test"]
-    for test, (weight, hint) in exercise.tests.items():
-        mine = [r for r in results if r[0].partition("[")[0] == test]
-        passed = sum(r[1] for r in mine)
-        reached += weight * passed / max(len(mine), 1)
-        if not mine or passed < len(mine):
-            said = next((text for _, passed, text in mine if not passed), "it did not run")
-            part = f" ({passed} of {len(mine)})" if passed else ""
-            lines += [f"FAILS: {claim(test)}{part}", f"    {said}", f"    hint: {hint}"]
-
-    first = refused + ([stopped] if stopped else [])
-    if outcomes["public"]:
-        text, expected, got = outcomes["public"][0]
-        expected, got = difference(expected, got)
-        first += [f"the smallest case: {text}", f"    expected {expected}", f"    got      {got}"]
-        if what := diagnosis(exercise, notes, answers):
-            first += [f"    {what}"]
-    unwritten = [text for _, _, got in outcomes["public"] if (text := not_written(got))]
-    if unwritten:
-        first = unwritten[:1]
-    if refused or unwritten:
-        lines = []
-    visible, hidden = exercise.points * (1 - HIDDEN), exercise.points * HIDDEN
-    share = right["hidden"] / len(answers["hidden"])
-    after = [f"{right['hidden']} of {len(answers['hidden'])} hidden cases are right"]
-    if outcomes["hidden"]:
-        text, expected, got = outcomes["hidden"][0]
-        expected, got = difference(expected, got)
-        after += [f"the smallest of the others: {text}", f"    expected {expected}"]
-        after += [f"    got      {got}"]
+    right, wrong = compare("hidden", notes, answers)
+    after = [f"{right} of {len(answers['hidden'])} hidden cases are right"]
+    if wrong:
+        after += describe_case("the smallest of the others", wrong[0])
     title = f"{exercise.name} ({exercise.file}: {exercise.function})"
+    visible, hidden = exercise.points * (1 - HIDDEN), exercise.points * HIDDEN
+    share = right / len(answers["hidden"])
     return [
-        entry(title, visible * reached / total, visible, first + lines, "visible"),
+        entry(title, visible * reached, visible, said, "visible"),
         entry(f"{title}, hidden", hidden * share, hidden, refused or after, "after_due_date"),
     ]
+
+
+def compare(kind: str, notes: list, answers: dict) -> tuple[int, list]:
+    """Of the cases of a kind, how many are right, and those that are not: (text, expected, got)."""
+    mine = [rest for k, *rest in notes if k == kind]  # fewer than there are, if it was stopped
+    both = [(text, expected, got) for (text, expected), (_, got) in zip(answers[kind], mine)]
+    wrong = [case for case in both if not same(*case[1:])]
+    return len(both) - len(wrong), wrong
+
+
+def describe_case(title: str, case) -> list[str]:
+    text, *results = case
+    expected, got = difference(*results)
+    return [f"{title}: {text}", f"    expected {expected}", f"    got      {got}"]
+
+
+def try_claims(exercise, notes: list) -> tuple[float, list[str]]:
+    """The visible tests: the fraction of their weight that is reached, and what fails, in lines."""
+    from try_exercise import claim, outcome
+
+    results = [rest for kind, *rest in notes if kind == "test"]
+    reached, lines = 0.0, []
+    for test, (weight, hint) in exercise.tests.items():
+        passed, cases, said = outcome(test, results)
+        reached += weight * passed / max(cases, 1)
+        if not passed == cases > 0:
+            part = f" ({passed} of {cases})" if passed else ""
+            lines += [f"FAILS: {claim(test)}{part}", f"    {said}", f"    hint: {hint}"]
+    return reached / sum(weight for weight, _ in exercise.tests.values()), lines
 
 
 def entry(name: str, score: float, best: float, lines: list[str], visibility: str) -> dict:
@@ -473,17 +527,17 @@ def entry(name: str, score: float, best: float, lines: list[str], visibility: st
     }
 
 
-def diagnosis(exercise, notes: list, answers: dict) -> str:
+def diagnosis(exercise, notes: list, answers: dict) -> list[str]:
     """What is wrong, if the hand-in returns in all public cases what a known mistake returns."""
     mine = [value for kind, *rest in notes if kind == "public" for value in rest[1:]]
     for number, (sentence, _) in enumerate(known_mistakes(exercise)):
         wrong = [value for _, value in answers.get(number, [])]
         if len(wrong) == len(mine) and all(map(same, wrong, mine)):
-            return sentence
-    return ""
+            return [sentence]
+    return []
 
 
-def not_written(value) -> str:
-    """What a blank says: "NotImplementedError: gae: your code here (train_ppo.py, line 254)"."""
+def is_blank(value) -> bool:
+    """Whether a result is what a blank says: "NotImplementedError: gae: your code here"."""
     said = value.get("error", "") if isinstance(value, dict) else ""
-    return said if said.startswith("NotImplementedError") else ""
+    return said.startswith("NotImplementedError")

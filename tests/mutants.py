@@ -9,7 +9,8 @@ some even look as if they worked. The test that is named for a mutant must fail 
 Seen in: repositories in which a bug of this kind has been (peers are named where it was read in
 their code or issue threads), or "common" where every course meets it. The first of them are those
 of data/experiments/bugs.py, which has what a bug is made of, and how it is planted. For students,
-`python tests/course.py --bug-hunt` plants three of them where they cannot be looked up.
+`python tests/course.py --bug-hunt` plants three of them, or of a teacher's own, in a copy that
+cannot be compared with the published files.
 """
 
 import argparse

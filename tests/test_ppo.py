@@ -88,11 +88,13 @@ def test_values_outside_the_response_change_no_advantage(rollout):
     assert (clean[0][~mask] == 0).all() and (clean[1][~mask] == 0).all()
 
 
-def test_rewards_add_up_to_score_minus_beta_times_kl(rollout):
+@pytest.mark.parametrize("estimate", ["k1", "k3"])
+def test_rewards_add_up_to_score_minus_beta_times_kl(rollout, estimate):
     logprobs, ref_logprobs, mask = rollout
     scores = torch.randn(4, dtype=torch.float64)
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, beta=0.3)
-    kl = ((logprobs - ref_logprobs) * mask).sum(1)
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, 0.3, estimate)
+    log_ratio = logprobs - ref_logprobs
+    kl = ({"k1": log_ratio, "k3": log_ratio + torch.exp(-log_ratio) - 1}[estimate] * mask).sum(1)
     torch.testing.assert_close(rewards.sum(1), scores - 0.3 * kl)
     assert (rewards[~mask] == 0).all()
 

@@ -11,24 +11,34 @@ import contextlib
 import io
 import json
 import os
+import symtable
 import sys
 import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TESTS = HERE / "exercises.json"  # name -> {test: hint}; written for students by tests/course.py
+# Written for students by tests/course.py: name -> {"file", "names" at its top level as it was
+# handed out, "tests": {test: hint}}.
+EXERCISES = HERE / "exercises.json"
 
 
 class Recorder:
-    """A plugin of pytest that notes how every test ended: (test, whether it passed, message)."""
+    """A plugin of pytest that notes how tests end: (test, whether it passed, message).
 
-    def __init__(self, note):
-        self.note = note
+    Every test is noted as failed when it is found, and again when it has run: see `outcome`.
+    """
+
+    def __init__(self, note, folder: Path):
+        self.note, self.folder = note, folder  # messages name the last line of a file in it
+
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            self.note(item.nodeid.rpartition("/")[2], False, "it did not run")
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.failed:
-            passed = report.passed
-            self.note(report.nodeid.rpartition("/")[2], passed, "" if passed else message(report))
+            said = "" if report.passed else message(report, self.folder)
+            self.note(report.nodeid.rpartition("/")[2], report.passed, said)
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -40,7 +50,7 @@ def last_line(text: str) -> str:
     return lines[-1].removeprefix("E").strip() if lines else "no message"
 
 
-def message(report) -> str:
+def message(report, folder: Path) -> str:
     """What a failed test says, in one line, with the last line of the function under test."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
@@ -51,18 +61,37 @@ def message(report) -> str:
     text += "".join(f"; {line}" for line in lines if line.startswith("Greatest absolute"))
     for entry in reversed(report.longrepr.reprtraceback.reprentries):
         place = getattr(entry, "reprfileloc", None)
-        if place and Path(place.path).parent != HERE and "site-packages" not in place.path:
+        if place and in_folder(place.path, folder):
             return f"{text} ({Path(place.path).name}, line {place.lineno})"
     return text
 
 
-def run_tests(tests: list[str], note):
+def in_folder(file: str, folder: Path) -> bool:
+    """Whether a line of this file may be a student's: no test, no library."""
+    path = Path(file).resolve()
+    return folder in path.parents and path.parent != HERE and "site-packages" not in path.parts
+
+
+def run_tests(tests: list[str], note, folder: Path):
     """Run tests, file::name in this folder, in this process, and note each as `Recorder` says."""
     import pytest
 
     arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "--tb=short"]
     arguments += ["--capture=no", "--no-header"]
-    pytest.main([*arguments, *(f"{HERE / test}" for test in tests)], plugins=[Recorder(note)])
+    tests = [f"{HERE / test}" for test in tests]
+    pytest.main([*arguments, *tests], plugins=[Recorder(note, folder)])
+
+
+def outcome(test: str, notes: list) -> tuple[int, int, str]:
+    """How many cases of a test passed, of how many, and what the first of the others says.
+
+    notes: those of `Recorder`. What was noted last about a case counts.
+    """
+    last = {case: how for case, *how in notes if case.partition("[")[0] == test}
+    said = [text for passed, text in last.values() if not passed]
+    said += [text for where, _, text in notes if "::" not in where]  # a file that cannot be read
+    passed = sum(passed for passed, _ in last.values())
+    return passed, len(last), (said or ["it did not run"])[0]
 
 
 def claim(test: str) -> str:
@@ -70,30 +99,44 @@ def claim(test: str) -> str:
     return test.partition("::test_")[2].partition("[")[0].replace("_", " ")
 
 
+def top_names(path: Path) -> list[str]:
+    """The names that a file defines or imports at its top level; none if it is no Python."""
+    try:
+        table = symtable.symtable(path.read_text("utf-8-sig"), path.name, "exec")
+    except (OSError, SyntaxError, ValueError):  # the tests say so
+        return []
+    return sorted(symbol.get_name() for symbol in table.get_symbols() if symbol.is_local())
+
+
 def main():
     """The command line."""
-    exercises = json.loads(TESTS.read_text("utf-8"))
+    if not EXERCISES.exists():
+        sys.exit("run this in a student's copy: python tests/course.py --student DIR makes one")
+    exercises = json.loads(EXERCISES.read_text("utf-8"))
     names = sys.argv[1:] or list(exercises)
     if unknown := [name for name in names if name not in exercises]:
         sys.exit(f"there is no exercise {unknown[0]}: there are {', '.join(exercises)}")
     os.chdir(HERE.parent)
     failed = 0
     for name in names:
-        results = []
+        file, old, tests = exercises[name].values()
+        notes = []
         with contextlib.redirect_stdout(io.StringIO()):  # python -m pytest shows all of it
-            run_tests(list(exercises[name]), lambda *result, to=results: to.append(result))
+            run_tests(list(tests), lambda *note, to=notes: to.append(note), HERE.parent)
         print(f"\n{name}")
-        for test, hint in exercises[name].items():
-            mine = [r for r in results if r[0].partition("[")[0] == test]
-            wrong = [text for _, passed, text in mine if not passed]
-            if mine and not wrong:
+        for test, hint in tests.items():
+            passed, cases, said = outcome(test, notes)
+            if passed == cases > 0:
                 print(f"    holds: {claim(test)}")
                 continue
             failed += 1
-            broken = [text for where, _, text in results if "::" not in where]  # a file that fails
             print(f"    FAILS: {claim(test)}")
-            for line in ((wrong or broken or ["it did not run"])[0], f"hint: {hint}"):
+            for line in (said, f"hint: {hint}"):
                 print(textwrap.indent(textwrap.fill(line, 90), " " * 8))
+        if new := [x for x in top_names(HERE.parent / file) if x not in old]:
+            said = f"note: {', '.join(new)} at the top level of {file} is new, and the grader takes"
+            said += f" only the function itself: import and define what {name} needs inside it"
+            print(textwrap.indent(textwrap.fill(said, 94), " " * 4))
     sys.exit(failed > 0)
 
 
