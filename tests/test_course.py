@@ -415,16 +415,6 @@ def preference_loss(chosen_scores, rejected_scores):
 """
 
 
-# What of the project's own function is still in memory, and of answers in the frames of callers.
-SEARCH = """(lambda sys, gc: 'found ' + str(
-        [f.__code__.co_filename for f in gc.get_objects() if type(f).__name__ == 'function'
-         and f.__name__ == 'preference_loss' and 'chosen_scores' in f.__code__.co_varnames
-         and 'hand' not in f.__code__.co_filename]
-        + [name for depth in range(9) for name in sys._getframe(depth).f_locals
-           if name in ('answers', 'expected')]
-    ))(__import__('sys'), __import__('gc'))"""
-
-
 @pytest.mark.parametrize(
     "line, said",
     [
@@ -445,7 +435,6 @@ SEARCH = """(lambda sys, gc: 'found ' + str(
         ("return open('/proc/self/cmdline').read()", "PermissionError: /proc/self/cmdline is"),
         ("return open('/autograder/source/run_autograder').read()", "run_autograder is closed"),
         ("raise ValueError(__import__('exercises').EXERCISES[0].questions)", "ValueError: None"),
-        ("raise ValueError(SEARCH)", "ValueError: found []"),
         ("torch.zeros(2**33)", "allocate memory"),
         ("while True: pass", "stopped after 4 seconds: does a loop ever end?"),
         ("import os; os._exit(0)", "the process ended before its tests did (exit code 0)"),
@@ -456,10 +445,29 @@ SEARCH = """(lambda sys, gc: 'found ' + str(
 def test_what_a_function_does_to_the_grader_fails_and_is_said(tmp_path, line, said):
     handin = tmp_path / "handin"
     e = BY_NAME["preference_loss"]
-    put(handin, e.file, with_function(e, HOSTILE.format(line.replace("SEARCH", SEARCH))))
+    put(handin, e.file, with_function(e, HOSTILE.format(line)))
     visible, hidden = grading.grade(handin, [e.name], "s", seconds=4 if "while" in line else 60)
     assert said in visible["output"], visible["output"]
     assert visible["score"] == hidden["score"] == 0
+
+
+SEARCH = """(lambda sys, gc: 'found ' + str(
+        [f.__code__.co_filename for f in gc.get_objects() if type(f).__name__ == 'function'
+         and f.__name__ == 'preference_loss' and 'chosen_scores' in f.__code__.co_varnames
+         and 'hand' not in f.__code__.co_filename]
+        + [name for depth in range(9) for name in sys._getframe(depth).f_locals
+           if name in ('answers', 'expected')]
+    ))(__import__('sys'), __import__('gc'))"""
+
+
+def test_neither_the_projects_own_function_nor_an_answer_is_in_the_memory_of_a_hand_in(tmp_path):
+    """In a process of its own: in this one, other tests hold the functions that they test."""
+    e = BY_NAME["preference_loss"]
+    hostile = HOSTILE.format(f"raise ValueError({SEARCH})")
+    put(tmp_path / "handin", e.file, with_function(e, hostile))
+    options = ["--grade", "handin", "--exercise", e.name, "--secret", "s"]
+    run = run_python(HERE / "course.py", *options, cwd=tmp_path)
+    assert "got      ValueError: found []" in run.stdout, run.stdout + run.stderr
 
 
 def test_half_a_message_keeps_nobody_waiting():
