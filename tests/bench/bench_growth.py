@@ -150,7 +150,7 @@ def exponents(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], path: Path):
     """Seconds of a step against every size, a line per stage."""
-    figure, axes = panels(len(SIZES), 3, sharey=True)
+    figure, axes = panels(len(SIZES), 2, sharey=True)
     for axis, size in zip(axes, SIZES):
         for (stage, some), colour, marker in zip(grouped(rows, "stage").items(), COLOURS, "osv^D"):
             points = [(row[size], row["seconds"]) for row in some if row["varied"] == size]
@@ -158,7 +158,7 @@ def draw(rows: list[dict], path: Path):
         axis.set_xticks(SIZES[size], map(str, SIZES[size]))
         axis.minorticks_off()
         axis.set(xlabel=AXES[size])
-    for axis in axes[::3]:
+    for axis in axes[::2]:
         axis.set_ylabel("seconds per step (PPO: iteration)")
     save(figure, path, columns=5)
 
