@@ -389,23 +389,7 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = Cache(model, len(prompts), min(int(lengths.max()) + max_new_tokens, context))
 
-    # Read the prompts, 32 rows at a time, and keep the hidden state of each last token. A prompt
-    # that gets several responses is read once.
-    different, last = list(dict.fromkeys(map(tuple, prompts))), []
-    for first in range(0, len(different), 32):
-        group = different[first : first + 32]
-        width = max(map(len, group))
-        idx = [prompt + (0,) * (width - len(prompt)) for prompt in group]
-        rows = slice(first, first + len(group))
-        hidden = forward(torch.tensor(idx, device=device), cache.rows(rows))  # (32, width, C)
-        ends = torch.tensor([len(prompt) - 1 for prompt in group], device=device)
-        last.append(hidden[torch.arange(len(group)), ends])
-    row_of = {prompt: row for row, prompt in enumerate(different)}
-    rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
-    last = torch.cat(last)[rows]  # (B, C)
-    if len(different) < len(prompts):
-        for table in (*cache.keys, *cache.values):  # layer by layer: less memory than all at once
-            table[:] = table[rows]
+    last = _read_prompts(forward, prompts, cache)  # (B, C)
 
     # Add one token to every row until all have ended.
     results = [([], []) for _ in prompts]
@@ -443,6 +427,29 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
         last = forward(ids[:, None], cache, positions).squeeze(1)
         positions = positions + 1
     return results
+
+
+def _read_prompts(forward, prompts, cache) -> torch.Tensor:
+    """Fill the cache with the prompts; returns the hidden state of each one's last token (B, C).
+
+    They are read 32 at a time, and a prompt that gets several responses is read once.
+    """
+    device = cache.keys.device
+    different, last = list(dict.fromkeys(map(tuple, prompts))), []
+    for first in range(0, len(different), 32):
+        group = different[first : first + 32]
+        width = max(map(len, group))
+        idx = [prompt + (0,) * (width - len(prompt)) for prompt in group]
+        rows = slice(first, first + len(group))
+        hidden = forward(torch.tensor(idx, device=device), cache.rows(rows))  # (32, width, C)
+        ends = torch.tensor([len(prompt) - 1 for prompt in group], device=device)
+        last.append(hidden[torch.arange(len(group)), ends])
+    row_of = {prompt: row for row, prompt in enumerate(different)}
+    rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
+    if len(different) < len(prompts):
+        for table in (*cache.keys, *cache.values):  # layer by layer: less memory than all at once
+            table[:] = table[rows]
+    return torch.cat(last)[rows]
 
 
 # ---------------------------------------------------------------------------------------------
