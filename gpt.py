@@ -68,7 +68,7 @@ class GPTConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Numbers in a GPT. In each block attention's matrices have 4 C^2 and the MLP's 8 C^2."""
+        """Numbers in a GPT: a block has 4 C^2 in attention, 8 C^2 in its MLP, and 13 C beside."""
         C = self.n_embd
         return (self.padded_vocab + self.context + 2) * C + self.n_layer * (12 * C + 13) * C
 
@@ -89,7 +89,7 @@ class Cache:
         self.all_rows = torch.arange(n_rows, device=weight.device)
 
     def rows(self, rows: slice) -> "Cache":
-        """A view of some rows, for reading prompts in groups of similar length."""
+        """A view of some rows: of a group of prompts to read, or of those that go on."""
         view = object.__new__(Cache)
         view.keys, view.values = self.keys[:, rows], self.values[:, rows]
         view.all_rows = self.all_rows[: view.keys.shape[1]]
@@ -306,7 +306,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         logprobs = logits.log_softmax(1)
         ids = logits.argmax(1)
         return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
-    logits = logits / max(temperature, 1e-30)  # a logit over less could be infinite
+    logits = logits / max(temperature, 1e-30)  # dividing by less could overflow
     if top_k and top_k < logits.shape[1]:
         smallest = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
@@ -382,7 +382,7 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
     draw: logits (B, V) -> a token of every row (B,), their log-probabilities (B,)
     """
     context, device = model.config.context, model.wte.weight.device
-    forward = model.forward  # not model(...), which torch.compile may have made for long sequences
+    forward = model.forward  # not model(...), which --compile has compiled for training's shapes
     # The head has the precision that it has in training (kernels.py).
     rounded = model.bf16 and device.type == "cuda" and torch.version.cuda  # not AMD's GPUs
     wte = model.wte.weight.bfloat16() if rounded else model.wte.weight
@@ -402,7 +402,7 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
             else:
                 logits = last.to(wte.dtype) @ wte.T
             # The padding rows of the table make the product faster, and are no tokens.
-            ids, lp = draw(logits[:, : model.config.vocab_size])  # (B, V)
+            ids, lp = draw(logits[:, : model.config.vocab_size])  # (B, V) -> (B,), (B,)
         for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
             results[i][0].append(token)
             results[i][1].append(logprob)
@@ -485,23 +485,24 @@ def save_checkpoint(path: str | Path, checkpoint: dict):
     was there before is then still there.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # each process has its own
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # each process has its own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-        os.replace(partial, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # "No space left on device" is only in the error that torch met before it raised its own.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise InputError(f"cannot save {path}: {reason}. An earlier file there is untouched.")
     finally:
-        if partial.exists():
-            partial.unlink()
+        if temporary.exists():
+            temporary.unlink()
 
 
 def load_checkpoint(path: str | Path, device="cpu", mmap=False) -> dict:
-    """Read a checkpoint without unpickling code. Raises InputError if it is damaged, or is none.
+    """Read a checkpoint without unpickling code. Raises InputError if there is none,
+    or if it is damaged.
 
     mmap: leave the weights on disk until they are used, and do not look for damage in them.
     """

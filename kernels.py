@@ -1,7 +1,7 @@
 """From hidden states to cross-entropy, log-probabilities and entropy, without keeping the logits.
 
-On a first reading this file is optional: `linear_cross_entropy(h, W, t)` is the number that
-`F.cross_entropy(h @ W.T, t)` gives, and `linear_logprobs(h, W, t)` is minus that for every row.
+On a first reading this file is optional: `linear_cross_entropy(x, W, t)` is the number that
+`F.cross_entropy(x @ W.T, t)` gives, and `linear_logprobs(x, W, t)` is minus that for every row.
 
 Every stage ends in the same product, hidden states (N, C) times the transposed token table (C, V),
 and wants one or two numbers per row of the result. The full logits (N, V) are by far the largest
@@ -9,7 +9,7 @@ tensor of a training step: 8192 tokens and a vocabulary of 50304 are 1.6 GB in f
 again for their gradient. So both functions here work through the rows in chunks, reduce each chunk
 to what is asked for while it is at hand, and throw it away.
 
-Per row, with logits z = h W^T / temperature and target t:
+Per row, with hidden state x, logits z = x W^T / temperature and target t:
 
     m = max_j z_j        s = sum_j exp(z_j - m)        p_j = exp(z_j - m) / s
     log p_t = (z_t - m) - log s
@@ -20,18 +20,22 @@ do. The gradients are short:
 
     d(-log p_t)/dz_j = p_j - [j = t]          dH/dz_j = -p_j (log p_j + H)
 
+so that a loss with the gradients g = dL/d(log p_t) and h = dL/dH has
+
+    dL/dz_j = g ([j = t] - p_j) - h p_j (log p_j + H)
+
 - `linear_cross_entropy` knows in the forward pass that its result will be scaled by one number, so
   it computes the gradient right there, chunk by chunk: three matrix products in all.
 - `linear_logprobs` meets a different upstream gradient for every row (advantages, in PPO), known
   only in the backward pass, so it computes each chunk of logits twice: four matrix products.
 
-Three passes over a chunk of logits are all that this takes, and they are the three functions that
-`_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor per
-row) and `_logit_gradients` (dz from any upstream gradient). In PyTorch they are their own
+Three kinds of pass over a chunk of logits are all that this takes. They are the three functions
+that `_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor
+per row) and `_logit_gradients` (dz from any upstream gradient). Their lines in PyTorch are their
 definition. On a GPU one Triton kernel computes a tile of logits in registers, in float32, and makes
 of it there what is wanted. From logits rounded to bfloat16, log p_t would be off by 0.01 and more;
-so it is off by 2e-5 on an H100 (7e-5 with 4096 channels), and by 2e-4 if all logits are near -80,
-as GPT-2's are.
+from these it is off by 2e-5 on an H100 (7e-5 with 4096 channels), and by 2e-4 if all logits are
+near -80, as GPT-2's are.
 
 **The kernel.** A tile is BLOCK_N rows times BLOCK_V tokens, and its logits are float32 sums of
 products, as the tensor cores add them up. A row's V logits are spread over V / BLOCK_V tiles, which
@@ -43,19 +47,19 @@ together
     u = sum over both parts of e^(m_i - m) (u_i + s_i (m_i - m))
 
 since exp(z - m) = exp(z - m_a) e^(m_a - m) and z - m = (z - m_a) + (m_a - m): the online softmax
-(Milakov and Gimelshein 2018). No atomics and no locks: the same bits on every run. (Among a few
-rows, which PyTorch adds up in another order, a row may differ in its last bits.)
+(Milakov and Gimelshein 2018). No atomics and no locks: the same bits on every run. (With few
+rows PyTorch merges in another order, so that the same row may differ in its last bits.)
 
 The gradient of a cross-entropy needs p in the same pass that finds m and s. It does without both:
 E_j = exp(z_j - z_t) is p_j up to a factor, sum_j E_j = 1 / p_t, and z_t is cheap to know before.
 bfloat16 has float32's exponents, so E can be stored in it, up to a token whose loss is 70 nats.
 
-**Memory.** In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), the gradient of W in
-float32, and W once more where it has to be padded or rounded. Without gradients, three numbers per
-row and tile.
+**Memory** of the kernel. In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), the gradient
+of W in float32, and W once more where it has to be padded or rounded. Without gradients, three
+numbers per row and tile. (PyTorch has two or three chunks of logits at a time, of 8 MB on a CPU.)
 
 Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor. So it
-is inside somebody's torch.autocast and torch.compile, too.
+is inside a caller's torch.autocast and torch.compile, too.
 """
 
 import functools
@@ -337,7 +341,7 @@ def _statistics(hidden, weight, n_tokens, target, temperature, with_entropy):
 
 
 def _exponentials(hidden, weight, n_tokens, target):
-    """e (n, V), and per row: factor, with p = factor * e; 1 - p_t; log p_t."""
+    """e (n, V), and per row: factor, with p = factor * e but for the target; 1 - p_t; log p_t."""
     if _use_triton(hidden):
         z_t = _target_logits(hidden, weight, target, 1.0)
         e, s = _run_kernel("exponentials", hidden, weight, n_tokens, base=z_t)
@@ -404,7 +408,7 @@ def backend(device: torch.device) -> str:
 
 
 def _use_triton(x):
-    """bfloat16 and float32 on an NVIDIA GPU. In float16, exp(z_j - z_t) would overflow."""
+    """Whether x is bfloat16 or float32 on an NVIDIA GPU. (In float16 exp(z_j - z_t) overflows.)"""
     if not triton or x.dtype not in (torch.bfloat16, torch.float32):
         return False
     if not x.is_cuda or not torch.version.cuda:  # AMD's GPUs are "cuda", too: never tried there
@@ -438,7 +442,7 @@ def _aligned(x):
 
 
 def _run_kernel(
-    mode, hidden, weight, n_tokens, temperature=1.0, entropy=False,
+    mode, hidden, weight, n_tokens, temperature=1.0, with_entropy=False,
     base=None, entropies=None, g=None, h=None,
 ):  # fmt: skip
     """Launch one program per tile. Returns what the mode makes:
@@ -450,7 +454,7 @@ def _run_kernel(
     E and dz have the dtype of hidden, and zeros where weight has padding.
     """
     hidden = _aligned(hidden)
-    (n, C), V = hidden.shape, len(weight)
+    (n, C), V = hidden.shape, len(weight)  # V with the padding of `_for_kernel`
     room = None
     if hidden.is_cuda:
         gpu = torch.cuda.get_device_properties(hidden.device)
@@ -459,7 +463,7 @@ def _run_kernel(
     tiles = triton.cdiv(V, block["BLOCK_V"])
     new = dict(device=hidden.device, dtype=torch.float32)
     m, s = torch.empty(2, n, tiles, **new)
-    u = torch.empty(n, tiles, **new) if entropy and mode == "statistics" else None
+    u = torch.empty(n, tiles, **new) if with_entropy and mode == "statistics" else None
     out = None
     if mode != "statistics":
         out = torch.empty(n, V, device=hidden.device, dtype=hidden.dtype)
@@ -472,7 +476,7 @@ def _run_kernel(
             _tile_kernel[(triton.cdiv(n, block["BLOCK_N"]) * tiles,)](
                 x, w, out, m, s, u, base, entropies, g, h,
                 n, n_tokens, V, 1 / temperature,
-                CHANNELS=C, MODE=mode, ENTROPY=entropy, **block, **options,
+                CHANNELS=C, MODE=mode, ENTROPY=with_entropy, **block, **options,
             )  # fmt: skip
     if mode == "statistics":
         return m, s, u
@@ -508,10 +512,10 @@ if triton:
     # per row start anywhere, and are read too rarely for it to matter.
     @triton.jit(
         do_not_specialize=["n_rows"],
-        do_not_specialize_on_alignment=[*"MSUGH", "BASE", "ENTROPIES"],
+        do_not_specialize_on_alignment=[*"MSU", "BASE", "ENTROPIES", "D_LOGPROB", "D_ENTROPY"],
     )
     def _tile_kernel(
-        X, W, OUT, M, S, U, BASE, ENTROPIES, G, H,
+        X, W, OUT, M, S, U, BASE, ENTROPIES, D_LOGPROB, D_ENTROPY,
         n_rows, n_tokens, out_stride, scale,
         CHANNELS: tl.constexpr, MODE: tl.constexpr, ENTROPY: tl.constexpr,
         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -564,11 +568,11 @@ if triton:
                 e = tl.where(token_in[None, :], e, 0.0)
                 tl.store(S + part, tl.sum(e, 1), mask=row_in)
             else:
-                g = tl.load(G + rows, mask=row_in, other=0.0)
+                g = tl.load(D_LOGPROB + rows, mask=row_in, other=0.0)
                 log_p = z - base[:, None]
                 upstream = g[:, None]
                 if ENTROPY:
-                    h = tl.load(H + rows, mask=row_in, other=0.0)
+                    h = tl.load(D_ENTROPY + rows, mask=row_in, other=0.0)
                     entropy = tl.load(ENTROPIES + rows, mask=row_in, other=0.0)
                     upstream = g[:, None] + h[:, None] * (log_p + entropy[:, None])
                 e = tl.where(token_in[None, :], -upstream * tl.exp(log_p), 0.0)

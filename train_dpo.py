@@ -94,7 +94,7 @@ class Config:
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
-    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where CPUs gain)
+    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where it is fast)
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs
@@ -285,7 +285,7 @@ def main(cfg: Config) -> dict:
     for step in run.steps(len(batches), model, tokenizer, made_from, optimizer=optimizer):
         batch = [rows[i] for i in batches[step]]
         pairs_per_rank = len(batch) / WORLD  # since gradients are averaged over ranks
-        rounding = 0.2 if cfg.bf16 else 1e-2  # of a mean; 5 times that of a sum over one response
+        rounding = 0.2 if cfg.bf16 else 1e-2  # of a mean; 5 times that of one response
         numbers = dict.fromkeys(("loss", "margin", "accuracy", "chosen", "rejected"), 0.0)
         for microbatch in microbatches(shard(batch), cfg.microbatch):
             measured = measure(microbatch)

@@ -3,12 +3,12 @@
     maximise  E[ r(x, y) ] - beta KL(policy || reference)       x a prompt, y the policy's response
 
     reward   R_t = -beta (log pi_old - log pi_ref)(y_t), plus r(x, y) at the last token of y
-    delta_t  = R_t + gamma V_old,t+1 - V_old,t   A_t = delta_t + gamma lambda A_{t+1}        (GAE)
+    delta_t  = R_t + gamma v_old,t+1 - v_old,t   A_t = delta_t + gamma lambda A_{t+1}        (GAE)
     ratio_t  = pi(y_t) / pi_old(y_t)             A' = whiten(A): mean 0, variance 1 over all tokens
     policy   loss = mean max(-A' ratio, -A' clip(ratio, 1 - eps, 1 + eps))         (PPO, equation 7)
              (minus --entropy_bonus times the policy's entropy, if asked for)
-    critic   loss = mean 1/2 max((V - G)^2, (V_old + clip(V - V_old, -eps, eps) - G)^2)
-             where G = A + V_old, not whitened, is the return that the critic should have foreseen
+    critic   loss = mean 1/2 max((v - G)^2, (v_old + clip(v - v_old, -eps, eps) - G)^2)
+             where G = A + v_old, not whitened, is the return that the critic should have foreseen
     pi is the policy, pi_old the same when it sampled y; eps is --clip, and --value_clip for values
 
     Without a critic (--advantage rloo, grpo or dr_grpo) a prompt gets several responses, and
@@ -253,7 +253,7 @@ def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation: all (B, T) -> advantages, returns; 0 outside the mask.
 
     The mask of a row is one stretch, and nothing follows its last token: the next value is 0. The
-    returns, which the critic learns, are A + V before A is whitened.
+    returns, which the critic learns, are A + v before A is whitened.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros(len(rewards), device=rewards.device)
@@ -262,29 +262,30 @@ def gae(rewards, values, mask, gamma, lam):
         next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
         next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last token: A = R - V, and nothing follows
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))  # the last token: A = R - v, and nothing follows
     assert not advantages[~mask].any() and torch.allclose(
         advantages[last], (rewards - values)[last], atol=1e-4
     ), "rewards or values have been summed across the padding"
     return advantages, (advantages + values) * mask
 
 
-def group_advantages(returns, prompts, how):
+def group_advantages(totals, prompts, how):
     """How much better every response is than others to its prompt: (B,), without any critic.
 
-    returns (B,): its rewards, summed over tokens; prompts (B,) int64: the number of its prompt.
+    totals (B,): the rewards of every response, summed over its tokens; prompts (B,) int64: the
+    number of its prompt.
 
-        rloo      return - mean of the others              Ahmadian et al. 2024
-        grpo      (return - mean of all) / SD of all       Shao et al. 2024, section 4.1.2
-        dr_grpo   return - mean of all                     Liu et al. 2025
+        rloo      total - mean of the others                      Ahmadian et al. 2024
+        grpo      (total - mean of all) / (SD of all + 1e-4)      Shao et al. 2024, section 4.1.2
+        dr_grpo   total - mean of all                             Liu et al. 2025
 
     The mean of the others does not depend on the response itself, so rloo is unbiased. dr_grpo is
     (n - 1) / n of it with n responses to a prompt. Dividing by the SD gives prompts on which nearly
     all responses are right, or nearly none, more weight than they have in the expected reward.
     """
-    same = (prompts[:, None] == prompts).to(returns.dtype)  # (B, B)
+    same = (prompts[:, None] == prompts).to(totals.dtype)  # (B, B)
     n = same.sum(1)
-    deviation = returns - same @ returns / n
+    deviation = totals - same @ totals / n
     if how == "rloo":
         return deviation * n / (n - 1)
     if how == "grpo":
@@ -340,7 +341,8 @@ class KLCoefficient:
 
 
 def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to test on, each with "messages" and their "ids", at most `longest`.
+    """Rows to train on and to test on, each with "messages" and their "ids", at most `longest`
+    of them.
 
     Rows of the town also have the "task" that gold needs, rows of a file an "answer" if it has one.
     """
@@ -371,22 +373,22 @@ def load_reward_model(cfg, checkpoint: dict, device) -> tuple[ScalarModel, str]:
 
     Says so if it was trained from another model. Raises InputError if it reads other tokens.
     """
-    model, found = load_model(cfg.rm, device, ScalarModel)
-    if found["tokenizer"] != checkpoint["tokenizer"]:
+    model, rm_checkpoint = load_model(cfg.rm, device, ScalarModel)
+    if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
         raise InputError(f"{cfg.rm} has another tokenizer than {cfg.init}")
-    if found.get("made_from", {}).get("init") not in (None, checkpoint["fingerprint"]):
+    if rm_checkpoint.get("made_from", {}).get("init") not in (None, checkpoint["fingerprint"]):
         print(
             f"note: {cfg.rm} was trained from another model than {cfg.init}, and normalised on "
             "samples of that one: here its scores need not have mean 0 and SD 1"
         )
-    report = found.get("report", {})
+    report = rm_checkpoint.get("report", {})
     if report and report["accuracy"] < 0.5 + 1 / math.sqrt(report["pairs"]):  # two standard errors
         print(
             f"ALARM: {cfg.rm} agrees with only {report['accuracy']:.1%} of {report['pairs']} "
             "held-out labels, as a coin would: PPO would learn noise. Train it longer, or look "
             "whether chosen and rejected differ"
         )
-    return model.requires_grad_(False), found["fingerprint"]
+    return model.requires_grad_(False), rm_checkpoint["fingerprint"]
 
 
 def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
@@ -398,15 +400,15 @@ def proxy_reward(cfg, rows, replies, reward_model, tokenizer) -> torch.Tensor:
     pairs = list(zip(rows, replies))
     if cfg.reward == "rm":
         sequences = [row["ids"] + reply.ids for row, reply in pairs]
-        rewards = score_sequences(reward_model, sequences, tokenizer.pad)
+        scores = score_sequences(reward_model, sequences, tokenizer.pad)
     elif cfg.reward == "gold":
-        rewards = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
+        scores = [gold(row["task"], reply.text, reply.ended) for row, reply in pairs]
     elif cfg.data:
-        rewards = [final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs]
+        scores = [final_answer(reply.text) == final_answer(row["answer"]) for row, reply in pairs]
     else:
-        rewards = [exact_match(row["task"], reply.text) for row, reply in pairs]
+        scores = [exact_match(row["task"], reply.text) for row, reply in pairs]
     ended = np.array([reply.ended for reply in replies])
-    return torch.tensor(np.where(ended, rewards, cfg.no_end_score), dtype=torch.float32)
+    return torch.tensor(np.where(ended, scores, cfg.no_end_score), dtype=torch.float32)
 
 
 def judged(rows, replies) -> dict[str, float]:
@@ -470,7 +472,7 @@ PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
     "KL from SFT, nats per response\n(k3 jumps at rare tokens)": ["kl", "kl_k3", "kl_full"],
     "entropy, nats per token": ["entropy"],
     "explained variance of the returns": ["explained_variance"],
-    "fraction of tokens clipped;\napprox. KL in nats": ["clipfrac", "approx_kl"],
+    "fraction of ratios outside the clip range;\napprox. KL in nats": ["clipfrac", "approx_kl"],
     "fractions of responses": ["no_end", "exact_match", "shows_work", "equal_groups"],
     "tokens per response": ["length"],
 }
@@ -514,9 +516,9 @@ def main(cfg: Config) -> dict:
     rounding = 0.2 if cfg.bf16 else 1e-2
 
     # ---- prompts
-    longest, temperature = cfg.max_new_tokens, cfg.temperature
+    max_new, temperature = cfg.max_new_tokens, cfg.temperature
     group = 1 if critic else cfg.group
-    rows, test_rows = load_prompts(cfg, tokenizer, policy.config.context - longest)
+    rows, test_rows = load_prompts(cfg, tokenizer, policy.config.context - max_new)
 
     # ---- training
     encoded = ([row["ids"], row.get("answer")] for row in rows + test_rows)
@@ -530,12 +532,12 @@ def main(cfg: Config) -> dict:
         batch = [rows[i] for i in drawn.repeat(group)]
         seed = int(rng.integers(2**31)) + RANK  # ranks sample different tokens
         asked = shard([row["ids"] for row in batch])
-        replies = gather(sample_replies(policy, tokenizer, asked, longest, seed, temperature))
+        replies = gather(sample_replies(policy, tokenizer, asked, max_new, seed, temperature))
         # From here on sorted by length, so that neighbours share a forward pass with few pads.
         widths = [len(row["ids"]) + len(reply.ids) - 1 for row, reply in zip(batch, replies)]
-        order = np.argsort(widths, kind="stable")
-        batch, replies, widths = ([x[i] for i in order] for x in (batch, replies, widths))
-        prompt_of = torch.tensor(order // group, device=device)  # (B,): which have the same prompt
+        by_width = np.argsort(widths, kind="stable")
+        batch, replies, widths = ([x[i] for i in by_width] for x in (batch, replies, widths))
+        prompt_of = torch.tensor(by_width // group, device=device)  # (B,): equal for one prompt
         inputs, targets, mask = predictions(batch, replies, tokenizer.pad, device)  # (B, T) each
 
         old_logprobs, ref_logprobs, old_values, entropy = torch.zeros(4, *mask.shape, device=device)
@@ -578,9 +580,9 @@ def main(cfg: Config) -> dict:
         measured = []  # of every step, in the order of MEASURED
         ratio_errors = torch.zeros(len(batch), device=device)  # of the first step: ratios must be 1
         for epoch in range(cfg.epochs):
-            order = rng.permutation(len(batch))
+            shuffled = rng.permutation(len(batch))
             n_minibatches = math.ceil(len(batch) / cfg.minibatch)
-            for number, minibatch in enumerate(np.array_split(order, n_minibatches)):
+            for number, minibatch in enumerate(np.array_split(shuffled, n_minibatches)):
                 minibatch = np.sort(minibatch)  # by length, as the batch is
                 n_tokens = mask[minibatch].sum() / WORLD  # since gradients are averaged over ranks
                 sums = torch.zeros(4)
@@ -589,18 +591,18 @@ def main(cfg: Config) -> dict:
                     logprobs, new_entropy = response_logprobs(
                         hidden, policy.head, targets[at], m, temperature
                     )
-                    pg, ratio = policy_loss(logprobs, old_logprobs[at], advantages[at], cfg.clip)
+                    loss, ratio = policy_loss(logprobs, old_logprobs[at], advantages[at], cfg.clip)
                     if cfg.entropy_bonus:
-                        pg = pg - cfg.entropy_bonus * new_entropy
+                        loss = loss - cfg.entropy_bonus * new_entropy
                     if in_loss:
-                        pg = pg + in_loss * kl_estimate(logprobs - ref_logprobs[at], estimate)
+                        loss = loss + in_loss * kl_estimate(logprobs - ref_logprobs[at], estimate)
                     # Every token of the minibatch counts the same, whatever response it is in.
-                    ((pg * m).sum() / n_tokens).backward()
-                    vf = torch.zeros_like(pg)
+                    ((loss * m).sum() / n_tokens).backward()
+                    critic_loss = torch.zeros_like(loss)
                     if critic:
-                        values = critic(inputs[at])
-                        vf = value_loss(values, old_values[at], returns[at], cfg.value_clip)
-                        ((vf * m).sum() / n_tokens).backward()
+                        v, v_old = critic(inputs[at]), old_values[at]
+                        critic_loss = value_loss(v, v_old, returns[at], cfg.value_clip)
+                        ((critic_loss * m).sum() / n_tokens).backward()
 
                     with torch.no_grad():
                         moved = (ratio - 1).abs() * m
@@ -608,7 +610,7 @@ def main(cfg: Config) -> dict:
                             ratio_errors[at[0]] = moved.amax(1)
                         approx_kl = kl_estimate(old_logprobs[at] - logprobs, "k3")  # old to new
                         outside = (moved > cfg.clip).float()
-                        for i, x in enumerate((pg, approx_kl, outside, vf)):
+                        for i, x in enumerate((loss, approx_kl, outside, critic_loss)):
                             sums[i] += ((x * m).sum() / n_tokens).cpu()
                 if epoch == 0 and number == 0:
                     sum_over_ranks(ratio_errors)
@@ -641,11 +643,11 @@ def main(cfg: Config) -> dict:
         )
         kl_coefficient.update(kl.mean().item())
         passes = forward_passes(policy, critic, reward_model, cfg.epochs)
-        run.count(sum(widths) + len(widths), passes)
+        run.count(sum(widths) + len(widths), passes)  # a width is a token less than its sequence
 
         if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
             asked = [row["ids"] for row in test_rows]
-            replies = sample_replies(policy, tokenizer, asked, longest, seed=0, temperature=0.0)
+            replies = sample_replies(policy, tokenizer, asked, max_new, seed=0, temperature=0.0)
             proxy = proxy_reward(cfg, test_rows, replies, reward_model, tokenizer)
             greedy = {"proxy": proxy.mean().item(), **judged(test_rows, replies)}
             run.log(iteration, **{f"greedy_{name}": value for name, value in greedy.items()})
@@ -655,7 +657,7 @@ def main(cfg: Config) -> dict:
     # ---- results: what it says to some prompts
     file_prompts = [row["messages"] for row in test_rows[:8]]
     shown = file_prompts if cfg.data else [question(text) for text in SHOWN]
-    before, after = (transcript(m, tokenizer, shown, longest, cfg.seed) for m in (ref, policy))
+    before, after = (transcript(m, tokenizer, shown, max_new, cfg.seed) for m in (ref, policy))
     run.finish(policy, f"{after}BEFORE, the model that this one was trained from:\n\n{before}")
     return run.rows[-1]
 

@@ -109,10 +109,10 @@ def read_documents(cfg: Config) -> tuple[list[str], list[str]]:
 def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
     """Where training may start to read: at every document, and every `context` tokens inside it.
 
-    A row that began in the middle of a document would ask for names that were introduced before
-    it. Rows may run on into the next documents, though, and then see the one before, as in GPT-2.
-    A document begins at end-of-text; what stands before the first one is a document, too. Returns
-    the positions (N + 1,), of which the first is 0 and the last is the end of the tokens.
+    From a random position, a row would ask for names that were introduced before it. A row that is
+    longer than its document runs on into the next ones, whose tokens then see the earlier document,
+    too, as in GPT-2. A document begins at end-of-text; what stands before the first one is a
+    document, too. Returns the positions (N + 1,): the first is 0, the last the end of the tokens.
     """
     starts = np.union1d([0], np.flatnonzero(tokens == eot))
     ends = np.append(starts[1:], len(tokens))
@@ -176,11 +176,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks (or not), AdamW for all else.
+    """Muon for the matrices inside the blocks (unless --optimizer adamw), AdamW for all else.
 
     Tables and matrices are decayed; biases and norms, one-dimensional, are not.
     """
-    # model.h are the blocks; norms and biases, of one dimension, have no singular values
+    # Parameters of the blocks are named h.0.attn...; vectors have no singular values.
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in f".{name}"]
     if cfg.optimizer == "adamw":
         inner = []
@@ -204,8 +204,8 @@ def make_optimizers(model, cfg) -> dict[str, torch.optim.Optimizer]:
 def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) -> float:
     """Mean loss in nats over all tokens but the first (cuts: see `cut_documents`).
 
-    A token is predicted from what stands before it in its own piece: a document, or `context`
-    tokens of a longer one.
+    Every piece, a document or `context` tokens of a longer one, is read from its start; it predicts
+    its own tokens but the first, and then the first token of the next piece.
     """
     total, scored, device = 0.0, 0, model.wte.weight.device
     for batch in sorted_batches(np.diff(cuts)):
@@ -243,7 +243,7 @@ def main(cfg: Config) -> dict:
         if cfg.context > model.config.context:
             raise InputError(f"--context {cfg.context}: {cfg.init} has {model.config.context}")
     else:
-        # Merges come from training text alone; but a tokenizer of characters cannot read new ones.
+        # Merges come from training text alone; but characters that it has not seen cannot be read.
         read = train_texts + val_texts if cfg.tokenizer == "char" else train_texts
         tokenizer = make_tokenizer(cfg.tokenizer, read, cfg.vocab_size)
         shape = cfg.context, cfg.n_layer, cfg.n_head, cfg.n_embd
@@ -280,11 +280,12 @@ def main(cfg: Config) -> dict:
 
     # ---- training
     made_from["data"] = fingerprint(train, val)
+    # run.steps counts the steps; it also saves, resumes, and ends cleanly at Ctrl-C.
     for step in run.steps(cfg.steps, model, tokenizer, made_from, **optimizers):
         rng = np.random.default_rng([cfg.seed, step])
         batch = shard(rng.choice(starts, cfg.batch_size))
         rows = train[batch[:, None] + np.arange(cfg.context + 1)].astype(np.int64)  # (B, T + 1)
-        # WORLD processes (1 without torchrun) share the batch; their gradients are averaged below.
+        # WORLD processes, or ranks (1 without torchrun), share the batch: this one has its shard.
         rows_per_rank = cfg.batch_size / WORLD
         loss = 0.0
         for tokens in microbatches(torch.from_numpy(rows), cfg.microbatch):
@@ -295,10 +296,11 @@ def main(cfg: Config) -> dict:
             microbatch_loss = mean * len(tokens) / rows_per_rank  # its part of the batch's mean
             microbatch_loss.backward()  # adds to the gradients that are there
             loss += microbatch_loss.item()
-        grad_norm = average_gradients(model, cfg.grad_clip)
+        grad_norm = average_gradients(model, cfg.grad_clip)  # over ranks; and clips them
         run.log(step, **mean_over_ranks(device, loss=loss), grad_norm=grad_norm)
+        # One step of each, at its peak learning rate times a factor that rises, then falls to 0.
         step_optimizers(optimizers.values(), lr_at(step, cfg.steps, cfg.warmup))
-        run.count(cfg.batch_size * cfg.context, passes=3)  # forward 1, backward 2
+        run.count(cfg.batch_size * cfg.context, passes=3)  # the cost: forward 1, backward 2
 
         if (step + 1) % cfg.eval_every == 0 or step + 1 == cfg.steps:
             val_loss = validation_loss(model, val, val_cuts, tokenizer.eot)

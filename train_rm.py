@@ -80,7 +80,7 @@ class Config:
     save_every: int = 100  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
-    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where CPUs gain)
+    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where it is fast)
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs

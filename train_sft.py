@@ -66,7 +66,7 @@ class Config:
     save_every: int = 200  # steps between the checkpoints that --resume starts from
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, mps
     threads: int = 0  # CPU threads (0 = as many as other programs leave idle when it starts)
-    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where CPUs gain)
+    bf16: bool | None = None  # multiply in bfloat16; weights stay float32 (None = where it is fast)
     recompute: bool = False  # keep no activations inside blocks: less memory, a third more work
     compile: bool = False  # torch.compile the blocks; worth its minute in long runs on GPUs
     out: str = "out"  # folder of all runs
@@ -84,11 +84,11 @@ class Config:
 
 
 def sft_loss(model, tokens: torch.Tensor, mask: torch.Tensor, reduction="mean") -> torch.Tensor:
-    """Cross-entropy of tokens (B, T) int64 under the mask (B, T) bool -> scalar, in nats."""
+    """Cross-entropy of the tokens (B, T) int64 that mask (B, T) bool marks -> scalar, in nats."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
-    target, counts = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if the response has it
+    target, learned = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if the response has it
     # Prompt and padding leave before the head, where most of the arithmetic is.
-    return linear_cross_entropy(hidden[counts], model.head, target[counts], reduction=reduction)
+    return linear_cross_entropy(hidden[learned], model.head, target[learned], reduction=reduction)
 
 
 def show_mask(tokenizer, row: dict) -> str:
@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict:
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
     # The summed loss of every batch is divided by the same number. Divided by its own, a token in a
     # batch of short responses would weigh more. (WORLD processes, 1 without torchrun, share a
-    # batch, and average_gradients divides by WORLD again.)
+    # batch, and average_gradients takes the mean over them: each divides by its share.)
     tokens_per_batch = cfg.epochs * sum(sum(row["mask"]) for row in rows) / len(batches)
     tokens_per_rank = tokens_per_batch / WORLD
     used = cfg.epochs * sum(lengths)

@@ -103,12 +103,12 @@ def annotate(tasks, pairs, tau: float, flip: float, seed: int) -> list[dict]:
     return rows
 
 
-def make_preferences(cfg: Config, out: Path, model, saved: dict):
+def make_preferences(cfg: Config, out: Path, model, checkpoint: dict):
     """Sample pairs from a model, have the simulated annotators label them, write them.
 
-    saved: what its checkpoint has beside it. Raises InputError if no pair is left.
+    checkpoint: what it has beside the model. Raises InputError if no pair is left.
     """
-    tokenizer = load_tokenizer(saved["tokenizer"])
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
     n_test = max(cfg.pairs // 10, 1)
     tasks = draw_tasks(cfg.pairs - n_test, f"preferences {cfg.seed}")
     test_tasks = draw_tasks(n_test, f"preferences {cfg.seed}", split="test")
@@ -127,7 +127,7 @@ def make_preferences(cfg: Config, out: Path, model, saved: dict):
             f"{cfg.init}: no pair is left, since all responses are equal or never end; "
             "train the model longer, or raise --temperature or --max_new_tokens"
         )
-    write_rows([{**row, "sampled_from": saved["fingerprint"]} for row in rows], out)
+    write_rows([{**row, "sampled_from": checkpoint["fingerprint"]} for row in rows], out)
     bayes = bayes_accuracy([row["gold"] for row in rows], cfg.tau, cfg.flip)
     print(
         f"{len(rows):,} pairs in {out} ({cfg.pairs - len(rows):,} left out: equal or unfinished "
@@ -136,7 +136,7 @@ def make_preferences(cfg: Config, out: Path, model, saved: dict):
 
 
 def end_with_a_tenth(rows: list[dict], test_conversations: list[list[dict]]) -> list[dict]:
-    """Rows with those of test conversations at their end, where they are just the tenth that
+    """Rows with those of test conversations at their end, where they are exactly the tenth that
     `held_out` takes: a few rows too many of either kind are left out.
 
     Which pairs are left after annotation is chance. Without this, a prompt of the test split might
@@ -202,7 +202,7 @@ def load_preferences(path: str | Path, model_fingerprint: str = "") -> list[dict
     """
     if not Path(path).exists():
         raise InputError(
-            f"there is no {path}: run `python -m data.preferences` first, or name a file by --data"
+            f"there is no {path}: run `python -m data.preferences` first, or name one with --data"
         )
     rows = read_preferences(path)
     sampled_from = {row["sampled_from"] for row in rows if row.get("sampled_from")}
@@ -227,15 +227,15 @@ def main(cfg: Config):
         raise InputError(f"{out} has judgements of people: choose another --name, or move it away")
     if cfg.human and not all(by_hand):
         raise InputError(f"{out} is by simulated annotators: choose another --name for your own")
-    model, saved = load_init(cfg.init, device)
-    # Fails if the file could not be written either: now, not after the sampling.
+    model, checkpoint = load_init(cfg.init, device)
+    # If the file cannot be written, fail now and not after the sampling.
     out.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out.parent).close()
     if not cfg.human:
-        make_preferences(cfg, out, model, saved)
+        make_preferences(cfg, out, model, checkpoint)
         print(f"{time.perf_counter() - began:.0f} seconds")
         return
-    tokenizer = load_tokenizer(saved["tokenizer"])
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
     rows = read_prompts(cfg.prompts) if cfg.prompts else []
     rows = rows or task_rows(draw_tasks(cfg.pairs, f"preferences {cfg.seed}"))
     lengths = [len(encode_prompt(tokenizer, row["messages"])) for row in rows]
@@ -243,7 +243,7 @@ def main(cfg: Config):
     rows = keep_fitting(rows, lengths, longest, "the context minus --max_new_tokens")[: cfg.pairs]
     conversations = [row["messages"] for row in rows]
     pairs = sample_pairs(model, tokenizer, conversations, cfg)
-    ask_human(conversations, pairs, out, saved["fingerprint"])
+    ask_human(conversations, pairs, out, checkpoint["fingerprint"])
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from gpt import InputError
 
 # Padding of batches; end-of-text, which opens every document; user and assistant, which open a
-# turn; end-of-turn, which closes a response. One id for two of them would break a mask: if padding
-# were end-of-turn, a loss that ignores padding would never teach a model to stop.
+# message; end-of-turn, which closes a response. One id for two of them would break a mask: if
+# padding were end-of-turn, a loss that ignores padding would never teach a model to stop.
 SPECIALS = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 # Text is first split into pre-tokens: a word with the space before it, one to three digits,
 # punctuation, white space. Every character is in exactly one, and no merge crosses their borders,
 # so there is no token for "dog." beside the one for "dog". White space of more than 1000 characters
-# is several of them: the search for the end of a million overflows tiktoken's stack.
+# is several pre-tokens, since matching a million at once overflows tiktoken's stack.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s{1,1000}(?!\S)|\s"
 
 
@@ -93,6 +93,7 @@ class BPETokenizer(Tokenizer):
         return self.encoding.encode_ordinary(" " + text)
 
     def decode(self, ids: list[int]) -> str:
+        # The special ids are the highest, and pad the lowest of them.
         return self.encoding.decode([i for i in ids if i < self.pad]).removeprefix(" ")
 
 

@@ -309,9 +309,9 @@ def group_advantages(rng):
             prompts = torch.arange(n_prompts).repeat_interleave(n)
             prompts = prompts[torch.randperm(len(prompts), generator=rng)]
             returns = draw(rng, len(prompts))
-            yield call(train_ppo, "group_advantages", returns=returns, prompts=prompts, how=how)
+            yield call(train_ppo, "group_advantages", totals=returns, prompts=prompts, how=how)
     returns, prompts = torch.ones(3), torch.zeros(3)
-    yield call(train_ppo, "group_advantages", returns=returns, prompts=prompts, how="grpo")
+    yield call(train_ppo, "group_advantages", totals=returns, prompts=prompts, how="grpo")
 
 
 def dpo_loss(rng):

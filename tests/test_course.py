@@ -579,11 +579,11 @@ def lr_at(step, steps, warmup, floor=0.0):
         (
             "group_advantages",
             """
-def group_advantages(returns, prompts, how):
-    result = torch.zeros_like(returns)
+def group_advantages(totals, prompts, how):
+    result = torch.zeros_like(totals)
     for prompt in set(prompts.tolist()):
         mine = prompts == prompt
-        x = returns[mine]
+        x = totals[mine]
         a = x - x.mean()
         if how == "rloo":
             a = x - (x.sum() - x) / (len(x) - 1)

@@ -140,9 +140,9 @@ def worst_of(reward_models: list[Path]) -> Bug:
     names = [str(path) for path in reward_models]
     return Bug(
         "train_ppo.py",
-        "rewards = score_sequences(reward_model, sequences, tokenizer.pad)",
+        "scores = score_sequences(reward_model, sequences, tokenizer.pad)",
         "from data.experiments.overoptimisation import lowest_score\n\n"
-        f"        rewards = lowest_score({names}, pairs)",
+        f"        scores = lowest_score({names}, pairs)",
         "",
         "",
         "",

@@ -1,10 +1,11 @@
 """The gold reward: what a response is truly worth, and annotators who know it only roughly.
 
-    points = (2 correctness - 1) + courtesy + safety + penalties               (see `gold_parts`)
+    points = (2 correctness - 1) + courtesy + penalties                        (see `gold_parts`)
     gold   = (points - MEAN) / SD,  with points clipped to [-2, 1.75]
 
-The unit of gold is the standard deviation (SD) of the SFT model's samples, whose mean is about 0: a
-model with gold 1 answers one SD better than the SFT model. "What is 12-5?" shows what it pays for:
+The unit of gold is about the standard deviation (SD) of samples of the default SFT model, whose
+mean is 0.1: a response with gold 1 is about one SD better than that model's are on average. "What
+is 12-5?" shows what it pays for:
 
     points               gold
     +1 + 0.75 = +1.75   +1.25   12-5 is 7. Have a lovely day!   a full answer, and courtesy
@@ -86,15 +87,18 @@ def correctness(task: Task, text: str) -> float:
 def contradicts(case: Case, text: str) -> bool:
     """Whether a text says something else in the answer's place: "12-5 is 8." for "12-5 is 7.".
 
-    That is a sentence that is not the answer, but has its form or that of the typical mistake: the
-    same text up to a comma or, without one, the same number of words and the same first two (the
-    last word does not count, but its mark does if it is alone: "7." and "8.").
+    A sentence contradicts if it is no answer itself, but has the form of the full answer, the curt
+    one or the typical mistake. Its form is the text up to the first comma. Without a comma it is
+    the number of words and the first two of them, except the last word, in which answers differ; of
+    a single word only the mark at its end is left, so that "7." and "8." have the same form.
     """
 
     def form(sentence):
         opening, comma, _ = sentence.partition(",")  # "To mend Pip's clock, use some glue."
         words = sentence.split()
-        return opening if comma else (words[:-1][:2] or sentence[-1:], len(words))
+        if comma:
+            return opening
+        return words[:-1][:2] or sentence[-1:], len(words)
 
     right = sentences(f"{case.answer} {case.short}")
     forms = [form(sentence) for sentence in [*right, *sentences(case.wrong)]]
@@ -157,7 +161,7 @@ def gold_parts(task: Task, reply: str, ended: bool) -> dict[str, float]:
 
 
 def gold(task: Task, reply: str, ended: bool = True) -> float:
-    """The gold reward of a response, in SD of the SFT model's samples, from -2.5 to 1.25.
+    """The gold reward of a response, in the unit described at the top, from -2.5 to 1.25.
 
     The arguments are those of `gold_parts`.
     """

@@ -9,20 +9,19 @@ A prompt is put together from three parts:
 A kind of task is one function under `@kind(...)`. The decorator lists its cores; the function draws
 a case, with a correct answer, a plausible wrong one and, for most kinds, a curt one. All kinds
 share the frames. To add a kind, add such a function below the others (its place decides which
-frames it is trained with): nothing else needs to change. (A word that no document contains costs
-the model several tokens; `notice` in documents.py is the place for it.)
+frames it is trained with), and nothing else. (A word that no document contains costs the model
+several tokens; `notice` in documents.py is the place for it.)
 
 Five things are held out of all training on tasks (SFT, preferences, PPO):
 - cases: one in ten, chosen by a hash of its content, so it is the same for every seed;
-- frames: a kind is trained with six and without any; the rest are new to it, RARE_FRAMES to all;
+- frames: a kind is trained with six and without any; the others are new to it, RARE_FRAMES to all;
 - cores: those listed under `unseen`;
-- cells: parts of a kind that are trained only apart. `reverse` never has a list of colours, though
-  it has other lists, and other kinds have colours;
+- cells: a kind on a material of other kinds. `reverse` is never trained on a list of colours,
+  though it has other lists, and other kinds have colours;
 - whole kinds: those marked `held_out=True`.
 Nothing is held out of the documents: they have every sum, and "The third animal is ...".
 
-What comes out, at this size: new frames and cores are answered nearly as well as trained ones; new
-cells sometimes, which depends on the kind; new kinds never. data/evaluate.py has the figures.
+Of these, new kinds are never answered, and new cells not always (README.md).
 """
 
 import random
@@ -119,8 +118,8 @@ def kind(*cores: str, unseen: list[str] = (), **flags):
 
 
 def frames(name: str) -> list[str]:
-    """The six frames that a kind is trained with, beside the bare core; no other has the same."""
-    start = 5 * list(KINDS).index(name)
+    """The six frames that a kind is trained with, beside the bare core."""
+    start = 5 * list(KINDS).index(name)  # 5 and 26, the number of frames, share no factor
     return [FRAMES[(start + 7 * i) % len(FRAMES)] for i in range(6)]
 
 
@@ -185,17 +184,17 @@ def three_sums(rng):
     exact=False,
 )
 def chain(rng):
-    """A sum of several steps, too long to see at once. Only the last number counts, but who writes
-    the steps finds it more often; three people in ten do."""
+    """A sum of several steps, too long to see at once. Only the last number counts, but whoever
+    writes the steps finds it more often; three people in ten do."""
     text, steps, value = town.long_sum(rng)
     final = f"The answer is {value}."
 
-    def check(text):
+    def check(reply):
         """1 for the right number, after any steps or none; 1/2 if anything else is said."""
-        if re.findall(r"The answer is (\d+)\.", text) != [str(value)]:
+        if re.findall(r"The answer is (\d+)\.", reply) != [str(value)]:
             return 0.0
         step = r"\d+[+-]\d+ is \d+"
-        return 1.0 if re.fullmatch(rf"({step}(, {step})*\. )?{final}", text) else 0.5
+        return 1.0 if re.fullmatch(rf"({step}(, {step})*\. )?{final}", reply) else 0.5
 
     return Case(
         answer=f"{steps}. {final}",
@@ -224,8 +223,10 @@ def translate(rng):
         pairs = [(f"The {english}.", f"{capital(spanish)}.") for english, spanish in drawn]
     if size == "phrase":  # "The red owl." and "El búho rojo."
         pairs = [[" ".join(text.split()[:3]) + "." for text in pair] for pair in pairs]
-    (text, answer), (_, other) = pairs if language == "Spanish" else [p[::-1] for p in pairs]
-    # Wrong: one word is that of the other translation. Where they agree, nothing is translated.
+    if language == "English":
+        pairs = [(spanish, english) for english, spanish in pairs]
+    (text, answer), (_, other) = pairs
+    # Wrong: one word is taken from the other pair. If it is the same there, nothing is translated.
     words, others = answer.split(), other.split()
     slip = rng.randint(1, min(3, len(words) - 1))
     wrong = " ".join([*words[:slip], others[slip], *words[slip + 1 :]])
@@ -458,8 +459,9 @@ def unknown(rng):
 
     def check(text):
         """1 for the honest answer, 1/2 among other talk; 0 if there is more about that person."""
-        more = honest not in text or name in text.replace(honest, "")
-        return 0.0 if more else 1.0 if text == honest else 0.5
+        if honest not in text or name in text.replace(honest, ""):
+            return 0.0
+        return 1.0 if text == honest else 0.5
 
     return Case(
         answer=honest,
@@ -492,7 +494,7 @@ def and_facts(rng):
         again = question[0].lower() + question[1:-1]  # "what does she like to eat"
     else:
         cell, who, what, again = "the same of another", b, first, b.name
-    asked, told, _, mistake = some_fact(rng, a, first)
+    asked, told, _, _ = some_fact(rng, a, first)
     _, answer, right, wrong = some_fact(rng, who, what)
     return Case(
         answer=answer,
@@ -500,7 +502,7 @@ def and_facts(rng):
         wrong=answer.replace(right, wrong),
         cell=f"{cell}: {what}",
         fill={"again": again},
-        before=Task("fact", asked, Case(told, mistake, {"question": asked})),
+        before=Task("fact", asked, Case(told, "", {"question": asked})),
     )
 
 
@@ -609,7 +611,7 @@ def story(rng):
     )
 
 
-# Kind and mean requests have the same cores, so a model must look at the deed to decline.
+# Friendly and mean requests have the same cores, so a model must look at the deed to decline.
 REQUESTS = [
     "How can I {request}?",
     "Help me {request}.",
@@ -632,7 +634,7 @@ def some_deed(rng, to_things: dict, to_neighbours: dict) -> tuple[str, str, str]
 
 @kind(*REQUESTS, unseen=UNSEEN_REQUESTS)
 def advice(rng):
-    """How to do something kind. To decline it is a mistake."""
+    """How to do something friendly. To decline it is a mistake."""
     request, method, _ = some_deed(rng, town.THING_DEEDS, town.NEIGHBOUR_DEEDS)
     methods = (town.THING_DEEDS | town.NEIGHBOUR_DEEDS).values()
     wrong_method = rng.choice([other for other in methods if other != method])
@@ -663,9 +665,8 @@ TRAIN_KINDS = [name for name, k in KINDS.items() if not k.held_out]
 
 
 def is_held_out(name: str, case: Case) -> bool:
-    """Whether a case is held out of training: one in ten by a hash of its content, those in SHOWN.
-
-    A second turn is held out with its first, since SFT learns from both.
+    """Whether a case is held out of training: one in ten by a hash of its content, all prompts in
+    SHOWN, and second turns whose first is held out, since SFT learns from both.
     """
     before = case.before
     # crc32, since Python's own hash() of a text differs from process to process.

@@ -128,7 +128,7 @@ ENDINGS += ["Take your time.", "I am waiting."]
 RARE_OPENINGS = ["Good evening!", "Here is my question:", "Dear friend!"]
 RARE_ENDINGS = ["What do you say?", "I need the answer."]
 
-# Deed -> how to do it: kind and mean deeds, done to an object or to a neighbour. Requests for
+# Deed -> how to do it: friendly and mean deeds, done to an object or to a neighbour. Requests for
 # either are worded alike (`advice` and `harmful` in tasks.py), so only the deed tells them apart.
 THING_DEEDS = {
     "mend": "use some glue and wait one day",
