@@ -24,8 +24,10 @@ FOLDER = Path(__file__).parent / "experiments" / "expected"
 # How many widths beyond its band a curve must be to count as off. Each of the five runs was checked
 # against the bands of the other four: with 3, 1 of 1,652 windows was off; with 4, none.
 SLACK = 4.0
-# Options that do not change the curves beyond what a new seed does.
-FREE = ("seed", "out", "name", "device", "threads", "bf16", "resume", "check", "save_every")
+# Options that change what a run costs and hardly what it computes; others that change its curves no
+# more than a new seed does.
+COST_ONLY = ("microbatch", "recompute", "compile", "save_every")
+FREE = ("seed", "out", "name", "device", "threads", "bf16", "resume", "check", *COST_ONLY)
 
 # stage -> column of log.csv -> what to look at if it is above its band, and if it is below.
 CAUSES = {
@@ -171,7 +173,7 @@ CAUSES = {
         ),
         "length": (
             "is beta too small? If chosen responses tend to be longer, DPO learns that as well",
-            "",
+            "are chosen responses shorter? Does end-of-turn count twice?",
         ),
         "no_end": ("is the end-of-turn token in the response mask?", ""),
     },
@@ -186,19 +188,15 @@ class Check:
 
         Raises InputError if the run trains on --data: the bands are those of the town.
         """
-        default = type(cfg)(out=cfg.out)
-        if hasattr(cfg, "resolved"):  # a default spelled out is the same file
-            default, cfg = default.resolved(), cfg.resolved()
-        defaults = asdict(default)
-        if not same(cfg.data, default.data):
+        changed = changed_options(cfg)
+        if "data" in changed:
             raise InputError("--check knows the curves of the town, not those of --data")
         self.stage, self.off = stage, []  # off: the columns that were reported
         self.compared = set()  # the columns that had a value in some window
         with open(FOLDER / f"{stage}.csv") as file:
             self.bands = list(csv.DictReader(file))
-        for name, value in asdict(cfg).items():
-            if name not in FREE and not same(value, defaults[name]):
-                print(f"check: the bands are of --{name} {defaults[name]!r}, not of {value!r}")
+        for name, (default, value) in changed.items():
+            print(f"check: the bands are of --{name} {default!r}, not of {value!r}")
 
     def look(self, rows: list[dict], step: int) -> list[str]:
         """What is off in the windows that end with this step: one sentence per curve.
@@ -237,6 +235,20 @@ class Check:
             return "check: the run ended before there was a curve to compare"
         which = "all" if self.compared == columns else f"{len(self.compared)} of"
         return f"check: {which} {len(columns)} curves are within their bands"
+
+
+def changed_options(cfg) -> dict[str, tuple]:
+    """The options of a Config that are not the default, without those of FREE: name -> (default,
+    value)."""
+    default = type(cfg)(out=cfg.out)
+    if hasattr(cfg, "resolved"):  # a default spelled out is the same file
+        default, cfg = default.resolved(), cfg.resolved()
+    defaults = asdict(default)
+    return {
+        name: (defaults[name], value)
+        for name, value in asdict(cfg).items()
+        if name not in FREE and not same(value, defaults[name])
+    }
 
 
 def same(value, default) -> bool:

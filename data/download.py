@@ -6,9 +6,9 @@
     python -m data.download fineweb --megabytes 1000
 
 The same command resumes an interrupted download. A file gets its name only once it is complete and
-its sha256 matches: the hash listed below, or else the one that Hugging Face states. Nothing is
-downloaded except by this command and by --init gpt2. Sizes and licences are what the sources stated
-when the list was written.
+its sha256 matches: the hash listed below, or else the one that Hugging Face states. Nothing else
+of the project downloads anything, but for --init gpt2 and --tokenizer gpt2, once. Sizes and
+licences are what the sources stated when the list was written.
 
 **Characters of Shakespeare**, with the shape of nanoGPT's recipe for a CPU:
 
@@ -29,6 +29,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.files import read_rows, replacing, shard_header, write_rows
-from data.run import number
+from data.run import acquire_lock, number, run_script
 from gpt import InputError
 
 HUB = "https://huggingface.co/datasets"
@@ -61,7 +62,8 @@ class Source(NamedTuple):
     licence: str
     good_for: str
     files: list[File]
-    convert: object  # function(paths, folder): writes into folder what the scripts can read
+    # convert(paths, folder) writes what the scripts can read, under names that no download has.
+    convert: Callable[[list[Path], Path], None]
     command: str  # trains on it; {folder} stands for its folder
 
 
@@ -111,7 +113,8 @@ def fetch(file: File, path: Path, megabytes: float = 0.0):
             block = response.read(1 << 16)
             if not done:  # before it takes the place of what is there of the file
                 refuse_pages(block, f"{file.url}: the server sent", by_hand)
-            bar = tqdm(desc=path.name, total=total, initial=done, unit="B", unit_scale=True)
+            units = dict(unit="B", unit_scale=True)
+            bar = tqdm(desc=path.name, total=total, initial=done, disable=None, **units)
             with open(partial, "ab" if done else "wb") as out, bar:
                 while block:
                     out.write(block)
@@ -207,9 +210,9 @@ def fineweb(paths, folder):
 
 def gsm8k(paths, folder):
     """Word problems. A solution ends with "#### 42", which `train_ppo.py --reward exact` reads."""
-    for path, name in zip(paths, ("train", "test")):
+    for path, name in zip(paths, ("rows.jsonl", "test_rows.jsonl")):
         rows = [{"prompt": r["question"], "response": r["answer"]} for r in read_rows(path)]
-        write_lines(rows, folder / f"{name}.jsonl")
+        write_lines(rows, folder / name)
 
 
 def helpsteer2(paths, folder):
@@ -371,7 +374,7 @@ SOURCES = {
             ),
         ],
         gsm8k,
-        "python train_sft.py --init gpt2 --data {folder}/train.jsonl",
+        "python train_sft.py --init gpt2 --data {folder}/rows.jsonl",
     ),
     "lambada": Source(
         "pretrain",
@@ -410,13 +413,19 @@ def get(name: str, out: Path, megabytes: float = 0.0):
             files = source.files[:1] + [File(SHARD.format("train", 1 + i)) for i in range(shards)]
             megabytes = 0.0
     paths = [folder / file.url.split("/")[-1] for file in files]
-    for file, path in zip(files, paths):
-        fetch(file, path, megabytes)
+    release = acquire_lock(folder)  # two downloads would write into the same unfinished files
     try:
-        source.convert(paths, folder)
-    except (InputError, LookupError, TypeError, AttributeError) as error:  # a field is not there
-        names = " and ".join(map(str, paths))
-        raise InputError(f"{name}: not what it should be ({error}). Delete {names}, and try again")
+        for file, path in zip(files, paths):
+            fetch(file, path, megabytes)
+        try:
+            source.convert(paths, folder)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # a field is missing
+            names = " and ".join(map(str, paths))
+            raise InputError(
+                f"{name}: not what it should be ({error}). Delete {names}, and try again"
+            )
+    finally:
+        release()
     print(f"{name} ({source.licence}) is in {folder}/. To train on it:")
     print(f"    {source.command.format(folder=folder)}")
 
@@ -446,4 +455,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

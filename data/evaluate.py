@@ -82,7 +82,7 @@ class BestOf(Speaker):
         self.reward_model, checkpoint = load_model(reward_model, device, ScalarModel)
         if checkpoint["tokenizer"] != self.tokenizer.state:
             raise InputError(f"{reward_model} has another tokenizer than {sft}")
-        self.report, self.n = checkpoint["report"], n
+        self.report, self.n = checkpoint.get("report", {}), n
 
     def answer(self, conversations, max_new_tokens: int, seed: int, **how) -> list[Reply]:
         """Of n samples per prompt, at temperature 1 whatever is asked, the one that scores best."""
@@ -290,13 +290,15 @@ def stale_runs(found: dict[str, tuple[str, Path]]) -> list[str]:
     sentences = []
     for name, (stage, _) in found.items():
         made_from, options = (runs[name].get(key, {}) for key in ("made_from", "train_config"))
-        before = {"init": "pretrain" if stage == "sft" else "sft", "rm": "rm"}
-        for option, source in before.items():
-            is_here = made_from.get(option) in {None, *here} or is_gpt2(options.get(option, ""))
+        usual = {"init": "pretrain" if stage in ("pretrain", "sft") else "sft", "rm": "rm"}
+        for option, source in usual.items():
+            path = options.get(option, "")
+            is_here = made_from.get(option) in {None, *here} or is_gpt2(path)
             if source in found and not is_here:
+                path = path or f"its --{option}"
                 sentences.append(
-                    f"{name} was trained from another {source} than the one in "
-                    f"{found[source][1].parent}: train it again, or read its KL and wins with care"
+                    f"{name} was trained from another model than there is now ({path}): train it "
+                    "again, or read its KL and wins with care"
                 )
     return sentences
 
@@ -333,6 +335,10 @@ def evaluate(cfg: Config) -> dict:
     sft_path = out / "sft" / "ckpt.pt"
     sft = Speaker(sft_path, device)
     sft_gold = golds(prompts.seen, sft.answer(seen, cfg.max_new_tokens, cfg.seed))
+    unit = sft_gold.std()  # an SD of the SFT model's samples
+    if unit == 0:
+        print("all responses of sft have the same gold: here its unit is that of data/town/gold.py")
+        unit = 1.0
     report = {"seed": cfg.seed, "prompts": cfg.prompts, "temperature": 1.0, "best_of_n": cfg.n}
     report |= {"stale": stale, "stages": {}, "reward_models": {}}
     shown = {}
@@ -353,7 +359,7 @@ def evaluate(cfg: Config) -> dict:
             continue
         if stage == "rm":
             report["reward_models"][name] = speaker.report
-        in_sd(numbers, sft_gold.mean(), sft_gold.std())
+        in_sd(numbers, sft_gold.mean(), unit)
         cost = {"seconds": 0.0, "forward_equivalents": 0.0}  # best_of_n pays at every response
         if stage != "rm":
             try:

@@ -27,7 +27,6 @@ import contextlib
 import gzip
 import io
 import json
-import math
 import os
 import re
 import zlib
@@ -75,6 +74,7 @@ def read_text(path: str | Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        data = error.object  # without a mark at the beginning
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text (byte {data[error.start]:#04x})")
     if "\0" in text:
@@ -96,9 +96,14 @@ def read_rows(path: str | Path) -> list[dict]:
     position = text.index("[") + 1 if is_list else 0
     line, counted = 1, 0  # `line` is the line of the character at `counted`
     while True:
-        position = re.compile(r"[\s,]*" if is_list else r"\s*").match(text, position).end()
+        follows = is_list and rows  # on another row of the list
+        between = re.compile(r"\s*,?\s*" if follows else r"\s*").match(text, position)
+        position = between.end()
         line, counted = line + text.count("\n", counted, position), position
-        if position == len(text) or (is_list and text[position] == "]"):
+        ends = position == len(text) or (is_list and text[position] == "]")
+        if follows and position < len(text) and ends == ("," in between[0]):
+            raise InputError(f"{path}:{line}: not valid JSON (a comma belongs between two rows)")
+        if ends:
             if text[position + 1 :].strip():
                 raise InputError(f"{path}:{line}: there is more text after the end of the list")
             break
@@ -281,8 +286,9 @@ def is_of_town(row: dict) -> bool:
     """Whether a row has what data/preferences.py adds, for reports: a kind, two golds, and p."""
     gold, p = row.get("gold"), row.get("p")
     numbers = [*gold, p] if isinstance(gold, list) and len(gold) == 2 else [None]
-    numbers = [type(x) in (int, float) and math.isfinite(x) for x in numbers]
-    return isinstance(row.get("kind"), str) and all(numbers)
+    # abs(x) < 1e6 is false for nan, and no integer is too large for it.
+    numbers = all(type(x) in (int, float) and abs(x) < 1e6 for x in numbers)
+    return isinstance(row.get("kind"), str) and numbers and 0 <= p <= 1
 
 
 def take_context(row: dict) -> list[dict]:

@@ -18,7 +18,7 @@ def mean_or_none(values) -> float | None:
 
 
 def interval(values) -> list[float]:
-    """95 % interval of the mean of values, from the normal approximation: [low, high]."""
+    """95 % interval of the mean of values (N,), by the normal approximation: [low, high]; N > 1."""
     half = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values))
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
 
@@ -39,7 +39,8 @@ def expected_calibration_error(p: np.ndarray, won: np.ndarray, bins: int = 10):
 
 
 def spearman(x, y) -> float | None:
-    """Rank correlation; equal values share their mean rank. None if all of x or of y are equal."""
+    """Rank correlation of x and y (N,); equal values share their mean rank. None if all of one are
+    equal."""
 
     def ranks(values):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -66,7 +67,7 @@ def judge(chosen, rejected, rows: list[dict], scale: float) -> tuple[dict, list]
     log_odds = scale * (chosen - rejected)
     agrees = 0.5 + 0.5 * np.sign(log_odds)  # with the label
     # "Chosen" always wins. So every pair is looked at from both sides.
-    p = 1 / (1 + np.exp(-log_odds))
+    p = 0.5 + 0.5 * np.tanh(log_odds / 2)  # the sigmoid, without an overflow
     both, won = np.append(p, 1 - p), np.repeat([1.0, 0.0], len(p))
     ece, table = expected_calibration_error(both, won)
     report = {"pairs": len(rows), "accuracy": float(agrees.mean()), "ece": float(ece)}

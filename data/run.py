@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 try:
@@ -37,7 +38,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from data.alarms import Watch
-from data.check import Check
+from data.check import COST_ONLY, Check
 from gpt import STAGES, InputError, fingerprint, load_checkpoint, save_checkpoint
 from kernels import backend
 
@@ -64,7 +65,9 @@ def number(kind: type, least: float):
 
     def parse(text: str):
         value = kind(text)
-        if not least <= value < math.inf:  # nor is nan
+        if not -math.inf < value < math.inf:  # nor is nan
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         if kind is int and value >= 2**31:
             raise argparse.ArgumentTypeError(f"must be less than 2^31, not {text}")
@@ -118,8 +121,9 @@ def run_script(main, config_class=None):
         # None where the shell has closed it; and one process speaks for all
         if getattr(sys, stream) is None or (RANK > 0 and stream == "stdout"):
             setattr(sys, stream, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # the stream of a notebook has none
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # that of a notebook has none
+            stream.reconfigure(errors="replace")
     try:
         with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
             main(parse_config(config_class)) if config_class else main()
@@ -129,6 +133,9 @@ def run_script(main, config_class=None):
         raise SystemExit(1)
     except InputError as error:
         raise SystemExit(printable(str(error)))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        said = printable((str(error).splitlines() or [""])[0])
+        raise SystemExit(f"out of memory: try a smaller --microbatch, or --recompute. {said}")
     except OSError as error:
         raise SystemExit(printable(f"cannot read or write: {error}"))
     except KeyboardInterrupt:  # not in training, where Run hears it
@@ -183,7 +190,9 @@ def start(cfg) -> torch.device:
             if device.index >= n_gpus:
                 raise InputError(f"{here} processes need a GPU each; this machine has {n_gpus}")
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend_of = {"cuda": "nccl"}.get(device.type, "gloo")
+        # Others wait while the first rank downloads, or cuts a large text into tokens.
+        distributed.init_process_group(backend_of, timeout=timedelta(hours=3))
     if WORLD > 1 or device.type != "cpu":
         many = f"{WORLD} processes" if WORLD > 1 else "running"
         print(f"{many} on {device.type}; kernels.py uses {backend(device)}")
@@ -524,15 +533,15 @@ class Run:
             )
         saved = load_checkpoint(self.unfinished / "resume.pt")
         before, default = saved["train_config"], type(self.cfg)()
-        free = ("resume", "out", "name", "device", "threads", "check")
+        free = ("resume", "out", "name", "device", "threads", "check", *COST_ONLY)
         paths = ("init", "rm", "data")  # files may have moved; what is in them is compared below
         for name, now in asdict(self.cfg).items():
             was = before.get(name, getattr(default, name))  # as if there had been no such option
             if now != was and name not in free + paths:
-                option = f"--{name} {was}"
+                option = f"--{name} {was!r}"
                 if isinstance(was, bool):
                     option = f"--{name}" if was else f"--no-{name}"
-                raise InputError(f"--resume: the run to resume had {option}, not {now}")
+                raise InputError(f"--resume: the run to resume had {option}, not {now!r}")
         made_from = self.identity["made_from"]
         for name in saved["made_from"] | made_from:
             if saved["made_from"].get(name) != made_from.get(name):
@@ -704,8 +713,14 @@ def asked_to_stop():
     if threading.current_thread() is not threading.main_thread():  # only the main one gets signals
         yield asked
         return
+
+    def hear(*_):
+        if not asked:  # by the system's own call, since this may interrupt a print
+            os.write(2, b"\nfinishing this step, then saving ...\n")
+        asked.append(True)
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda *_: asked.append(True)) for s in signals]
+    before = [signal.signal(s, hear) for s in signals]
     try:
         yield asked
     finally:
@@ -761,7 +776,7 @@ def plot(rows: list[dict], panels: dict[str, list[str]], path: Path, unit: str):
                 mean = np.convolve(y, np.ones(width) / width, "valid")
                 axis.plot(x, y, color=colour, lw=0.5, alpha=0.4)
                 axis.plot(x[width - 1 :], mean, color=colour, label=label)
-                limits = 0.9 * y.min(), np.percentile(y, 97.5)
+                limits = limits or (0.9 * y.min(), np.percentile(y, 97.5))
         if names[0] in ("loss", "grad_norm") and limits is not None:
             axis.set_ylim(*limits)  # the first steps would flatten all the rest
         axis.set(xlabel=unit, ylabel=what)

@@ -8,6 +8,7 @@ python gpt.py --trace "What is 4-2?"       what PPO, DPO and the reward model se
 python gpt.py --export DIR                 a folder that transformers loads (data/gpt2.py)
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +40,13 @@ class Config:
     def __post_init__(self):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p is a probability, above 0 and at most 1, not {self.top_p}")
-        if self.trace is not None and (self.ckpt or self.compare or self.export):
-            raise ValueError("--trace reads all stages of --out: leave out the other modes")
-        if self.compare and self.export:
-            raise ValueError("--export writes one model: leave out --compare")
+        given = {"prompt": self.prompt is not None, "compare": self.compare}
+        given |= {"trace": self.trace is not None, "export": bool(self.export)}
+        modes = [f"--{name}" for name, is_given in given.items() if is_given]
+        if len(modes) > 1 and modes != ["--prompt", "--compare"]:
+            raise ValueError(f"{' and '.join(modes)} cannot be done at once: leave out all but one")
+        if self.trace is not None and self.ckpt:
+            raise ValueError("--trace reads all stages of --out: leave out --ckpt")
 
 
 class Speaker:
@@ -100,7 +104,7 @@ def main(cfg: Config):
         trace(cfg.trace, Path(cfg.out), cfg.max_new_tokens, cfg.seed, device)
         return
     if cfg.ckpt:
-        paths = {Path(cfg.ckpt).parent.name: Path(cfg.ckpt)}
+        paths = {cfg.ckpt: Path(cfg.ckpt)}
     else:
         found = find_checkpoints(cfg.out)
         paths = {name: path for name, (stage, path) in found.items() if stage != "rm"}
@@ -112,9 +116,9 @@ def main(cfg: Config):
     speakers = {name: Speaker(path, device) for name, path in paths.items()}
 
     if cfg.export:
-        for name, speaker in speakers.items():
-            export(speaker.model, speaker.tokenizer, cfg.export, speaker.is_base)
-            print(f"{paths[name]} is in {cfg.export}/ now, with its tokenizer, for transformers")
+        ((name, speaker),) = speakers.items()
+        export(speaker.model, speaker.tokenizer, cfg.export, speaker.is_base)
+        print(f"{paths[name]} is in {cfg.export}/ now, with its tokenizer, for transformers")
         return
 
     def respond(name: str, messages: list[dict], seed: int) -> str | None:
@@ -147,7 +151,7 @@ def main(cfg: Config):
             memory = "It goes on with every line alone: it has never seen a conversation."
         print(f"You are talking to {paths[name]}. {memory} Leave with Ctrl-D.")
         messages, forgets = [], False  # what it remembers; whether it has forgotten any turns
-        for turn in range(10**9):
+        for turn in itertools.count():
             try:
                 text = input("> ").strip()
             except (EOFError, KeyboardInterrupt):

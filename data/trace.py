@@ -19,7 +19,6 @@ import itertools
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from data.chat import encode_prompt, question, sample_replies
 from data.run import COLOURS
@@ -116,6 +115,8 @@ def draw(path: Path, panels: list[tuple[str, list[str], dict[str, list[float]]]]
 
     "reward R" and "implicit reward" are bars, since they are earned at a token; all else are lines.
     """
+    from matplotlib.figure import Figure  # takes half a second, so not before it is needed
+
     figure = Figure(figsize=(13, 3 * len(panels)))
     for axis, (title, tokens, curves) in zip(figure.subplots(len(panels)), panels):
         for colour, (name, values) in zip(COLOURS, curves.items()):
@@ -124,8 +125,10 @@ def draw(path: Path, panels: list[tuple[str, list[str], dict[str, list[float]]]]
             else:
                 axis.plot(range(len(tokens)), values, "o-", color=colour, label=name)
         unit = "SD of SFT samples\n(implicit reward: logits)"
-        axis.set(title=title, ylabel=unit, xlim=(-0.6, len(tokens) - 0.4))
-        axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
+        axis.set(ylabel=unit, xlim=(-0.6, len(tokens) - 0.4))
+        axis.set_title(title, parse_math=False)  # "$5" in a response is no formula
+        ticks = dict(rotation=60, ha="right", fontsize=8, parse_math=False)
+        axis.set_xticks(range(len(tokens)), tokens, **ticks)
         axis.axhline(0, color="black", linewidth=0.5)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
@@ -157,6 +160,8 @@ def load_stages(out: Path, device) -> dict[str, tuple[GPT | ScalarModel, dict]]:
             )
         if model.config.context < sft.config.context:
             raise InputError(f"{path} has a smaller context than {out}/sft: train it again")
+        if stage != "sft" and made.get("made_from", {}).get("init") != of_sft["fingerprint"]:
+            print(f"note: {path} was trained from another model than {out}/sft has now")
     return loaded
 
 

@@ -53,6 +53,7 @@ from grading import (  # noqa: E402
 from leaderboard import leaderboard  # noqa: E402
 from try_exercise import top_names  # noqa: E402
 
+from data.experiments.bugs import TOP  # noqa: E402
 from data.run import run_script  # noqa: E402
 
 # Where --bug-hunt plants published mutants: in functions that every default run calls.
@@ -80,9 +81,7 @@ def copy_project(where: Path, seed: str = ""):
         raise SystemExit(f"{where} is there already, and not empty: choose another folder")
     where.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "data", where / "data", ignore=shutil.ignore_patterns("__pycache__"))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.txt")]:
-        shutil.copy(path, where)
-    for name in ("LICENSE", ".gitignore"):
+    for name in (*TOP, "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, where)
     if seed:
         edit(where / "data/town/words.py", lambda text: other_facts(text, seed))
@@ -251,6 +250,8 @@ tries one exercise and says which claims about it do not hold yet, with a hint. 
 def pack_checkpoints(path: Path, out: Path, week: int):
     """What finished default runs have made of what students make before a week, as a zip."""
     files = [name for name, made_in in MADE_IN.items() if made_in < week]
+    if not files:
+        raise SystemExit(f"--checkpoints: no model is made before week {week}")
     if missing := [name for name in files if not (out / name).exists()]:
         raise SystemExit(
             f"there is no {out / missing[0]}: run the seven commands of README.md first"
@@ -322,7 +323,7 @@ def pack_gradescope(path: Path, weeks: range, secret: str):
             script = zipfile.ZipInfo(name)
             script.external_attr = 0o755 << 16  # it may be run
             file.writestr(script, text)
-        paths = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("data/**/*.*")]
+        paths = [*(ROOT / name for name in TOP), *ROOT.glob("data/**/*.*")]
         for source in [*paths, *ROOT.glob("tests/**/*.*")]:
             if source.suffix in (".py", ".txt", ".csv", ".md", ".patch") and source.is_file():
                 file.write(source, f"project/{source.relative_to(ROOT).as_posix()}")
@@ -349,8 +350,14 @@ def functions(file: str) -> list[tuple[str, str]]:
 
 def hunted_bugs(path: Path | None) -> list:
     """What --bug-hunt draws from, ours or those of a teacher's file: [(bug, name of function)]."""
-    bugs, found = runpy.run_path(str(path or ROOT / "tests/mutants.py"))["MUTANTS"], []
+    where = path or ROOT / "tests/mutants.py"
+    try:
+        bugs, found = runpy.run_path(str(where))["MUTANTS"], []
+    except (OSError, SyntaxError, NameError, KeyError) as error:
+        raise SystemExit(f"--bugs {where}: not a file with a list MUTANTS ({error!r})")
     for bug in bugs:
+        if path and (n := (ROOT / bug.file).read_text("utf-8").count(bug.right)) != 1:
+            raise SystemExit(f"--bugs {path}: {bug.right!r} is {n} times in {bug.file}, not once")
         for name, text in functions(bug.file):
             # Only whole runs tell of main, and super() works inside of its class alone.
             fits = bug.right in text and name != "main" and "super()" not in text
@@ -509,11 +516,11 @@ def grade_hunt(handin: Path, found: list, identity: str, args):
         try:
             source, path = read_file(handin, file)
             docstring = ast.get_docstring(ast.parse(source, file)) or ""
-        except (HandInError, SyntaxError, ValueError) as error:
+        except (HandInError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             results.append(entry(file, 0, 3, [str(error)], "after_due_date"))
             continue
         place, _, sentence = docstring.strip().partition("\n")
-        words = re.search(r"([\w/]+\.py)\W+([\w.]+)", place)
+        words = re.search(r"([\w/]+\.py)\W+(\w+(?:\.\w+)?)", place.replace("\\", "/"))
         bug = left.pop(words.groups(), None) if words else None
         points, lines = 0, [f"the place, {place or 'not named'}: no bug is left there"]
         if bug:
@@ -632,6 +639,8 @@ def main():
         if unknown := [name for name in args.exercise.split(",") if name not in names]:
             raise SystemExit(f"--exercise {unknown[0]}: there are {', '.join(names)}")
         exercises = [e for e in EXERCISES if e.name in args.exercise.split(",")]
+    if args.exercise and not args.grade:
+        raise SystemExit("--exercise is for --grade; choose exercises of other uses by --weeks")
     if args.bug_hunt and not args.secret:
         raise SystemExit("--bug-hunt needs --secret: else students could find their bugs by name")
     if args.gradescope and not args.secret:

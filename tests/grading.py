@@ -55,7 +55,7 @@ def find_function(source: str, name: str, path) -> ast.FunctionDef:
     """
     try:
         body = ast.parse(source).body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         raise HandInError(f"{path}, line {line}: {getattr(error, 'msg', error)}")
     *classes, function = name.split(".")
@@ -73,16 +73,17 @@ def is_named(node, kind, name) -> bool:
 
 def find_file(handin: Path, file: str) -> Path:
     """A file of a hand-in: at its place, flat in the folder, or the only one of its name below it,
-    as in a folder that has been zipped. Raises HandInError if there is none, or a choice."""
+    as in a folder that has been zipped. Raises HandInError if there is none, or a choice, or if it
+    is a link to a file elsewhere, such as the project's."""
     name = Path(file).name
-    for path in (handin / file, handin / name):
-        if path.is_file():
-            return path
-    found = [path for path in handin.rglob(name) if path.is_file()]
+    found = [path for path in (handin / file, handin / name) if path.is_file()][:1]
+    found = found or [path for path in handin.rglob(name) if path.is_file()]
     if len(found) > 1:
         raise HandInError(f"{file} is there {len(found)} times: hand in one")
     if not found:
         raise HandInError(f"{file} is missing: hand it in under this name")
+    if not found[0].resolve().is_relative_to(handin.resolve()):
+        raise HandInError(f"{file} is a link: hand in the file itself")
     return found[0]
 
 
@@ -149,6 +150,8 @@ def plain(value):
         return [plain(x) for x in value]
     if isinstance(value, float):
         return round_off(value)
+    if isinstance(value, int) and abs(value) >= 2**63:  # not to be compared as a float
+        return f"an integer of {value.bit_length()} bits"
     return value if isinstance(value, (int, str, bool, type(None))) else repr(value)[:80]
 
 
@@ -196,7 +199,7 @@ def readable(value) -> str:
         return numbers[0] if numbers else f"(a tensor {tuple(shape)})"
     if isinstance(value, dict):
         if "error" in value:
-            return value["error"]
+            return str(value["error"])
         return ", ".join(f"{name} {readable(x)}" for name, x in value.items())
     if isinstance(value, list):
         return f"[{', '.join(map(readable, value))}]"
@@ -540,4 +543,4 @@ def diagnosis(exercise, notes: list, answers: dict) -> list[str]:
 def is_blank(value) -> bool:
     """Whether a result is what a blank says: "NotImplementedError: gae: your code here"."""
     said = value.get("error", "") if isinstance(value, dict) else ""
-    return said.startswith("NotImplementedError")
+    return str(said).startswith("NotImplementedError")

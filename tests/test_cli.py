@@ -46,7 +46,8 @@ def python(*args, **how):
         (train_pretrain, "--steps many", "argument --steps: invalid int value: 'many'"),
         (train_pretrain, "--steps 0", "argument --steps: must be at least 1, not 0"),
         (train_pretrain, "--lr -0.1", "argument --lr: must be at least 0, not -0.1"),
-        (train_pretrain, "--lr nan", "argument --lr: must be at least 0, not nan"),
+        (train_pretrain, "--lr nan", "argument --lr: must be finite, not nan"),
+        (train_pretrain, "--lr inf", "argument --lr: must be finite, not inf"),
         (train_pretrain, "--seed 99999999999", "argument --seed: must be less than 2^31, not 9999"),
         (train_pretrain, "--context 1", "error: --context 1: a text of two tokens is the shortest"),
         (train_pretrain, "--n_head 3", "error: --n_head 3 must divide --n_embd 128"),
@@ -66,6 +67,9 @@ def python(*args, **how):
         (data.evaluate, "--prompts 5", "error: --prompts must be at least "),
         (data.evaluate, "--device abacus", "--device abacus: there are auto, cpu, cuda and mps"),
         (data.download, "--megabytes -1", "argument --megabytes: must be at least 0, not -1"),
+        (data.talk, "--trace Hi --prompt Ho", "--prompt and --trace cannot be done at once"),
+        (data.talk, "--export x --compare", "--compare and --export cannot be done at once"),
+        (data.talk, "--trace Hi --ckpt x.pt", "--trace reads all stages of --out"),
     ],
 )
 def test_impossible_option_is_a_clear_error(tmp_path, monkeypatch, capsys, tool, args, message):
@@ -81,6 +85,33 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path):
     result = python("train_pretrain.py", "--out", tmp_path, "--device", "abacus")
     assert result.returncode != 0
     assert result.stderr == "--device abacus: there are auto, cpu, cuda and mps\n"
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("-m data.download tinytales", "there is no source 'tinytales'; there are "),
+        ("-m data.experiments.expected nowhere", "one run has no range"),
+        ("-m data.experiments.expected nowhere here", "cannot read or write: "),
+    ],
+)
+def test_tools_without_a_config_say_errors_in_one_line_too(command, said):
+    result = python(*command.split())
+    assert result.returncode and result.stderr.startswith(said) and result.stderr.count("\n") == 1
+
+
+def test_bytes_that_are_no_text_at_the_keyboard_end_no_conversation(chain):
+    command = [sys.executable, "gpt.py", "--out", chain]
+    result = subprocess.run(command, cwd=ROOT, input=b"What is \xff?\n", capture_output=True)
+    assert result.returncode == 0 and result.stdout.count(b"> ") == 2
+
+
+def test_too_little_memory_is_an_error_in_one_line():
+    def main():
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    with pytest.raises(SystemExit, match="out of memory: try a smaller --microbatch.* 9 TiB"):
+        run_script(main)
 
 
 def test_every_option_has_a_help_text():

@@ -5,6 +5,7 @@ import json
 import linecache
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -134,6 +135,24 @@ def copy(tmp_path_factory):
     where = tmp_path_factory.mktemp("a course") / "copy"
     course.student_copy(where, range(1, 10), "7")
     return where
+
+
+def test_what_else_lies_in_a_teachers_folder_is_not_copied(tmp_path, monkeypatch):
+    for where in (ROOT, *(ROOT / name for name in ("data", "tests"))):
+        names = [path.name for path in where.iterdir() if path.suffix in (".py", ".md", ".txt")]
+        (tmp_path / "own" / where.relative_to(ROOT)).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copy(where / name, tmp_path / "own" / where.relative_to(ROOT))
+    for name in (".gitignore", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "own")
+    for name in ("mine.py", "grades.txt", "notes.md"):
+        (tmp_path / "own" / name).write_text("the key")
+    monkeypatch.setattr(course, "ROOT", tmp_path / "own")
+    course.copy_project(tmp_path / "copy")
+    course.pack_gradescope(tmp_path / "g.zip", range(1, 3), "s")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    names |= {name.rpartition("/")[2] for name in zipfile.ZipFile(tmp_path / "g.zip").namelist()}
+    assert "gpt.py" in names and not names & {"mine.py", "grades.txt", "notes.md"}
 
 
 def test_a_students_copy_has_no_solution_key_mutant_or_history(copy):
@@ -491,6 +510,10 @@ def test_a_nested_folder_and_a_mark_at_the_beginning_of_a_file_cost_nothing(tmp_
     put(tmp_path / "handin", "old/chat.py", source)
     said = grade(tmp_path / "handin", [e.name])[e.name]["output"]
     assert said == "data/chat.py is there 2 times: hand in one"
+    (tmp_path / "linked/data").mkdir(parents=True)
+    (tmp_path / "linked" / e.file).symlink_to(ROOT / e.file)  # the solution, in any container
+    said = grade(tmp_path / "linked", [e.name])[e.name]["output"]
+    assert said == "data/chat.py is a link: hand in the file itself"
 
 
 def test_paths_are_those_of_the_callers_folder(tmp_path):
@@ -857,7 +880,7 @@ def test_a_hunt_is_graded_by_place_and_by_a_test_that_fails_on_the_bug_alone(
     tmp_path, monkeypatch, capsys
 ):
     wrong = ["-F.logsigmoid(rejected_scores - chosen_scores).mean()", "next_value = values[:, t]"]
-    wrong.append("target, counts = tokens[:, :-1], mask[:, :-1]")
+    wrong.append("target, learned = tokens[:, :-1], mask[:, :-1]")
     zoo = [(bug, name) for bug, name in BUGS if bug.wrong in wrong]
     assert len(zoo) == 3
     monkeypatch.setattr(course, "three_bugs", lambda found, identity, secret: zoo)
@@ -866,7 +889,7 @@ def test_a_hunt_is_graded_by_place_and_by_a_test_that_fails_on_the_bug_alone(
         + GOOD_TEST
         + "    assert train_rm.preference_loss(torch.ones(1), torch.zeros(1)) < 0.5\n",
         '"""train_sft.py: main\n\nWho knows."""' + GOOD_TEST + "    assert False\n",
-        '"""In train_ppo.py, gae\n\nWho knows."""' + GOOD_TEST + "    assert True\n",
+        '"""In train_ppo.py: gae.\n\nWho knows."""' + GOOD_TEST + "    assert True\n",
     ]
     assert hunt_points(tmp_path / "hand in", tests) == [3, 0, 1]
     said = capsys.readouterr().out
@@ -937,7 +960,9 @@ def test_a_script_is_rerun_and_measured(tmp_path, chain, few_prompts, capsys, st
     code, results = run_leaderboard(tmp_path, chain, stage, tiny_script(stage))
     said = capsys.readouterr().out.splitlines()[-1]
     assert code == 0 and results["output"] == said
-    found = re.fullmatch(r"gold (\S+) \((\S+), (\S+), (\S+)\)  KL \S+  (\S+) forward passes", said)
+    found = re.fullmatch(
+        r"gold (\S+) \((\S+), (\S+), (\S+)\)  KL \S+  at most (\S+) forward passes", said
+    )
     mean, *golds = (float(found[n]) for n in (1, 2, 3, 4))
     assert mean == pytest.approx(sum(golds) / 3, abs=0.01)
     assert stage == "dpo" or len(set(golds)) == 3  # so tiny a run of DPO changes no response

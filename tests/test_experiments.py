@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,7 +223,9 @@ def test_a_job_runs_its_command_resumes_it_and_says_what_went_wrong(tmp_path, mo
     other = Job(tmp_path / "run", "sft", {"seed": 3, "lr": 1})
     job.result.parent.mkdir()
     job.result.write_text("of the job before")
-    with pytest.raises(InputError, match="--lr 1: --out .* 3 --lr 1 .all of it in .*sft.txt"):
+    with pytest.raises(
+        InputError, match="--lr 1: --out .* 3 --lr 1 .exit code 3; all that it said is in .*sft.txt"
+    ):
         other.run()
     assert not job.result.exists() and not job.unfinished.exists()
     with pytest.raises(KeyboardInterrupt):
@@ -252,6 +255,20 @@ def test_a_job_with_a_bug_runs_the_copy_that_has_it(tmp_path, monkeypatch):
     assert job.identity != Job(tmp_path, "sft").identity
     assert job.identity != Job(tmp_path, "sft", bug=bug._replace(wrong="worse")).identity
     assert job.identity == Job(tmp_path, "sft", bug=bug._replace(symptom="none")).identity
+
+
+def test_a_job_finds_its_files_from_the_folder_of_a_copy_and_may_be_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/rm").mkdir(parents=True)
+    Path("runs/rm/ckpt.pt").write_text("weights")
+    rm = Job(Path("runs"), "rm")
+    ppo = Job(Path("runs"), "ppo", {"rm": rm.result, "beta": 0.5})
+    assert rm.result == tmp_path / "runs/rm/ckpt.pt" and str(rm.result) in ppo.command
+    Path("runs").rename("elsewhere")
+    moved = {"rm": Path("elsewhere/rm/ckpt.pt"), "beta": 0.5}
+    assert Job(Path("elsewhere"), "ppo", moved).identity != ppo.identity  # whose file is gone
+    shutil.copytree("elsewhere", "runs")
+    assert Job(Path("elsewhere"), "ppo", moved).identity == ppo.identity
 
 
 def test_jobs_that_are_done_are_not_run_again(tmp_path, monkeypatch):
@@ -314,9 +331,16 @@ def test_seed_0_has_its_base_already_and_the_others_are_trained(tmp_path, monkey
         result = Job(first, stage).result
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text("")
+    said = {"out": str(first)}  # the options that every checkpoint says it was trained with
+    monkeypatch.setattr(base_module, "load_checkpoint", lambda *_, mmap: {"train_config": said})
     assert bases(tmp_path, first, seeds=1) == [(first, 0)] and not ran
     others = [(tmp_path / "base 1", 1), (tmp_path / "base 2", 2)]
     assert bases(tmp_path, first, 3) == [(first, 0), *others]
+    for name, value in (("seed", 5), ("batch_size", 7)):
+        said[name] = value
+        with pytest.raises(InputError, match=f"of a run with --{name} {value}, not of a default"):
+            bases(tmp_path, first, seeds=1)
+        del said[name]
     assert [(job.out.name, job.stage, job.options) for job in ran] == [
         (f"base {seed}", stage, {"seed": seed}) for seed in (1, 2) for stage in CHAIN
     ]
@@ -927,7 +951,7 @@ def test_ppo_on_the_worst_of_several_is_paid_the_lowest_score_of_each_response(
     assert lowest_score(["a", "b"], pairs).tolist() == [1.0, -3.0]
     plant(worst_of([Path("a"), Path("b")]), tmp_path)
     edited = (tmp_path / "train_ppo.py").read_text("utf-8")
-    assert "rewards = lowest_score(['a', 'b'], pairs)" in edited
+    assert "scores = lowest_score(['a', 'b'], pairs)" in edited
     compile(edited, "train_ppo.py", "exec")
 
 
@@ -980,7 +1004,7 @@ def test_gold_and_proxy_of_every_seed_are_drawn_over_distance_with_the_fit(noted
         for k, g in zip(kl, d * (0.9 - 0.2 * d))
     ]
     overoptimisation.draw_overoptimisation(rows, tmp_path / "x.png")
-    (axis,) = [axis for axis in noted[2][0][1].axes if axis.get_visible()]
+    (axis,) = [axis for axis in noted[2][0][1].axes if axis.axison and axis.get_visible()]
     first, proxy, second, _, curve = [line.get_data() for line in axis.lines]
     for (x, y), more in ((first, -0.1), (second, 0.1)):
         np.testing.assert_allclose((x, y), (d, d * (0.9 - 0.2 * d) + more), atol=1e-9)

@@ -416,6 +416,11 @@ def test_nothing_is_said_about_preferences_of_the_town(tmp_path, capsys):
             r"rows:3: expected an object like {...}, not l",
         ),
         ('[{"prompt": "a", "response": "b"}', r"never closed"),
+        ('[{"prompt": "a", "response": "b"},', r"never closed"),
+        ('[{"prompt": "a", "response": "b"}\n{"prompt": "c"}]', r"rows:2: .*comma belongs between"),
+        ('[{"prompt": "a", "response": "b"},\n]', r"rows:2: .*comma belongs between"),
+        ('[{"prompt": "a", "response": "b"},,{"prompt": "c"}]', r"rows:1: not valid JSON"),
+        ('[,{"prompt": "a", "response": "b"}]', r"rows:1: not valid JSON"),
         ("[]", "no rows"),
         ("", "the file is empty"),
         ('{"prompt": "a", "prompt": "c", "response": "b"}', r'rows:1: .*"prompt" twice'),
@@ -446,6 +451,9 @@ def test_unreadable_files_are_clear_errors(tmp_path):
     (tmp_path / "latin").write_bytes(b"good\n\xe9 bad")
     with pytest.raises(InputError, match=r"latin:2: not UTF-8"):
         read_text(tmp_path / "latin")
+    (tmp_path / "marked").write_bytes("\ufeffa\nb".encode() + b"\xe9\n")
+    with pytest.raises(InputError, match=r"marked:2: not UTF-8 text \(byte 0xe9\)"):
+        read_text(tmp_path / "marked")
     (tmp_path / "wide").write_bytes("good\nbad".encode("utf-16-le"))
     with pytest.raises(InputError, match=r"wide:1: not text \(a zero byte\)"):
         read_text(tmp_path / "wide")

@@ -10,7 +10,7 @@ import torch
 from data import talk
 from data.chat import Reply, encode_prompt, question
 from data.tokenizer import load_tokenizer
-from data.trace import inside_pair, inside_ppo, tokens_of
+from data.trace import draw, inside_pair, inside_ppo, tokens_of
 from gpt import InputError, ScalarModel, load_checkpoint, load_model, save_checkpoint
 from train_dpo import Config as DPOConfig
 from train_ppo import Config as PPOConfig
@@ -123,6 +123,12 @@ def test_a_trace_is_two_pages_of_numbers_and_a_picture(chain, tmp_path, capsys):
     assert last == pytest.approx(reward - penalty, abs=2e-3) and "\nchosen: " in said
     margin, loss = map(float, re.search(r"margin (\S+), loss (\S+)", said).groups())
     assert loss == pytest.approx(-torch.tensor(margin).sigmoid().log().item(), abs=1e-3)
+
+
+def test_dollars_in_a_response_are_drawn_as_they_are(tmp_path):
+    said = "It was $5, 10 % off, is $4.50"  # no formula, and as one it would be wrong
+    draw(tmp_path / "a.png", [(said, said.split(), {"value V": [0.0] * 8})] * 2)
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("missing", ["rm", "dpo"])

@@ -5,11 +5,13 @@ All gold is in SD of the base's SFT samples, whose mean is 0; KL is in nats per 
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from data.chat import Reply
+from data.check import changed_options
 from data.evaluate import describe, golds, mean_or_none, reply_logprobs
 from data.experiments.expected import read_log
 from data.experiments.jobs import Job, run_jobs
@@ -18,7 +20,7 @@ from data.run import find_device
 from data.talk import Speaker
 from data.town.gold import made_up, split_reply
 from data.town.tasks import Task, draw_tasks
-from gpt import InputError, ScalarModel, load_model
+from gpt import STAGES, InputError, ScalarModel, load_checkpoint, load_model
 from train_rm import score_sequences
 
 # The commands of the README, and about how many minutes each takes on two cores.
@@ -48,6 +50,8 @@ class Base:
         # Nobody has written about them, and no training set has their names.
         self.strangers = draw_tasks(120, "experiments, strangers", "unknown", new="cell")
         self.gold = golds(self.tasks, answers(self.sft, self.tasks, seed=0))  # not scaled
+        if self.gold.std() == 0:
+            raise InputError(f"{out}/sft: all responses have the same gold, so it has no unit")
 
     def job(self, where: Path, stage: str, minutes=0.7, bug=None, **options) -> Job:
         """A run in `where`, with this seed, that begins with these models unless options say
@@ -111,6 +115,12 @@ def bases(out: Path, first: Path, seeds: int) -> list[Base]:
     missing = [path for path in missing if not path.exists()]
     if missing:
         raise InputError(f"there is no {missing[0]}: run the README's commands first")
+    for stage in STAGES:  # what had other options would be shown as a default run
+        script, path = import_module(f"train_{stage}"), first / stage / "ckpt.pt"
+        cfg = script.Config(**load_checkpoint(path, mmap=True)["train_config"])
+        changed = {"seed": (0, cfg.seed)} if cfg.seed else changed_options(cfg)
+        for name, (_, value) in changed.items():
+            raise InputError(f"{path} is of a run with --{name} {value!r}, not of a default one")
     others = [out / f"base {seed}" for seed in range(1, seeds)]
     for seed, other in enumerate(others, 1):
         run_jobs([Job(other, stage, {"seed": seed}, minutes) for stage, minutes in CHAIN.items()])

@@ -3,6 +3,7 @@
 Most of these bugs raise no error: the run goes to its end, and only its curves tell.
 """
 
+from itertools import cycle
 from pathlib import Path
 
 from data.experiments.base import Base
@@ -44,7 +45,7 @@ def draw_broken(rows: list[dict], path: Path):
     dashes = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
     lines = [
         (bug, some, {"color": colour, "ls": dash})
-        for (bug, some), colour, dash in zip(grouped(rows, "bug").items(), colours, dashes)
+        for (bug, some), colour, dash in zip(grouped(rows, "bug").items(), colours, cycle(dashes))
     ]
     figure, axes = band_panels(lines, "step", UNITS, "iteration")
     axes[list(UNITS).index("kl")].set_yscale("symlog", linthresh=1)

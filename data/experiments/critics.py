@@ -8,6 +8,7 @@ model, and PPO also from one that has seen so few demonstrations that it cannot 
 """
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,9 @@ def ask_sums(speaker: Speaker, n_steps: int, n: int = 150) -> float:
     sums = [long_sum(rng, n_steps) for _ in range(n)]
     asked = [question(KINDS["chain"].cores[0].format(sum=text)) for text, _, _ in sums]
     replies = speaker.answer(asked, 48, seed=0, temperature=0.0)
-    answers = [f"The answer is {value}." for _, _, value in sums]
-    return float(np.mean([answer in reply.text for answer, reply in zip(answers, replies)]))
+    # One answer, and the right one: several would be guesses.
+    found = [re.findall(r"The answer is (\d+)\.", reply.text) for reply in replies]
+    return float(np.mean([said == [str(value)] for said, (_, _, value) in zip(found, sums)]))
 
 
 def draw_thinking(rows: list[dict], path: Path):

@@ -14,6 +14,8 @@ import numpy as np
 
 from data.check import CAUSES, FOLDER, window_mean
 from data.experiments.plots import write_csv
+from data.run import run_script
+from gpt import InputError
 
 # Ends of the windows, as fractions of the run: narrow at first, where bugs show, curves are steep.
 ENDS = (0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -58,11 +60,17 @@ def main():
     parser.add_argument("--to", type=Path, default=FOLDER, help="folder to write to")
     args = parser.parse_args()
     args.to.mkdir(parents=True, exist_ok=True)
+    if len(args.runs) < 2:
+        raise InputError("one run has no range: name several folders")
     for stage in CAUSES:
-        bands = make_bands(stage, [read_log(run / stage / "log.csv") for run in args.runs])
+        logs = {run / stage / "log.csv": read_log(run / stage / "log.csv") for run in args.runs}
+        if len({len(rows) for rows in logs.values()}) > 1:
+            steps = ", ".join(f"{path} has {len(rows)} steps" for path, rows in logs.items())
+            raise InputError(f"runs of different length make no band: {steps}")
+        bands = make_bands(stage, list(logs.values()))
         write_csv(bands, args.to / f"{stage}.csv")
         print(f"{args.to / stage}.csv: {len(bands)} windows of {len(CAUSES[stage])} curves")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

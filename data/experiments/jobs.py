@@ -32,6 +32,7 @@ class Job:
     bug: Bug | None = None  # run a copy of the project in which this is planted
 
     def __post_init__(self):
+        self.out = self.out.resolve()  # a copy with a bug runs in a folder of its own
         self.folder = self.out / self.stage  # of its results
         self.unfinished = self.out / "unfinished" / self.stage
         self.result = self.folder / "ckpt.pt"  # what is there when it has run to its end
@@ -39,22 +40,24 @@ class Job:
         if self.stage == "preferences":
             self.result = self.out / "preferences.jsonl"
             self.command = ["-m", "data.preferences"]
-        for name, value in {"out": self.out.resolve(), **self.options}.items():
+        for name, value in {"out": self.out, **self.options}.items():
             self.command += [f"--{name}", str(value)]
         self.note = self.out / f"{self.stage}.command"  # says what the run in this folder is
 
     @property
     def identity(self) -> str:
-        """What makes a run this one: its command, its bug, and what the files hold that it names.
+        """What makes a run this one: its stage, its options, its bug, and what its files hold.
 
-        Such a file may be the result of an earlier job, and not there yet.
+        Where they are does not, so a folder of runs may be moved. A file may be the result of an
+        earlier job, and not there yet.
         """
-        files = [path for path in self.options.values() if isinstance(path, Path)]
-        contents = [
-            hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.exists() else ""
-            for path in files
-        ]
-        return json.dumps([self.command, (self.bug or ())[:3], contents])
+        options = {}
+        for name, value in self.options.items():
+            if isinstance(value, Path):
+                data = value.read_bytes() if value.exists() else b""
+                value = hashlib.blake2b(data, digest_size=8).hexdigest()
+            options[name] = value
+        return json.dumps([self.stage, options, (self.bug or ())[:3]])
 
     def is_begun(self) -> bool:
         """Whether what is there, finished or not, comes from this very command and these files."""
@@ -72,7 +75,7 @@ class Job:
             self.result.unlink(missing_ok=True)
             self.out.mkdir(parents=True, exist_ok=True)
             self.note.write_text(self.identity)
-        project = self.out.resolve() / "edited" if self.bug else ROOT
+        project = self.out / "edited" if self.bug else ROOT
         if self.bug:
             plant(self.bug, project)
         command = [sys.executable, *self.command]
@@ -90,7 +93,9 @@ class Job:
             raise KeyboardInterrupt
         if code:
             said = log.read_text().strip().splitlines() or ["nothing"]
-            raise InputError(f"{' '.join(command)}: {said[-1]} (all of it in {log})")
+            raise InputError(
+                f"{' '.join(command)}: {said[-1]} (exit code {code}; all that it said is in {log})"
+            )
 
 
 def run_jobs(jobs: list[Job]):

@@ -117,13 +117,20 @@ def band_panels(lines: list[tuple], x: str, units: dict, xlabel: str, columns=2)
 
 
 def save(figure: Figure, path: Path, columns=4):
-    """Write a picture. The legend of all its panels stands below, where it hides nothing."""
+    """Write a picture. The legend of all its panels stands in the place of a missing panel or, in
+    so many columns, below: where it hides nothing."""
     legend = {}
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
-    where = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
-    figure.legend(legend.values(), legend.keys(), frameon=False, **where)
+    empty = [axis for axis in figure.axes if not axis.get_visible()]
+    if empty:
+        empty[0].set_visible(True)
+        empty[0].set_axis_off()
+        empty[0].legend(legend.values(), legend.keys(), frameon=False, loc="center")
+    else:
+        where = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
+        figure.legend(legend.values(), legend.keys(), frameon=False, **where)
     figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight")
     print(path)
