@@ -104,7 +104,7 @@ def main(cfg: Config):
         trace(cfg.trace, Path(cfg.out), cfg.max_new_tokens, cfg.seed, device)
         return
     if cfg.ckpt:
-        paths = {cfg.ckpt: Path(cfg.ckpt)}
+        paths = {Path(cfg.ckpt).parent.name or cfg.ckpt: Path(cfg.ckpt)}
     else:
         found = find_checkpoints(cfg.out)
         paths = {name: path for name, (stage, path) in found.items() if stage != "rm"}

@@ -750,7 +750,9 @@ def test_checkpoints_are_packed_where_a_copy_looks_for_them(tmp_path):
     with pytest.raises(SystemExit, match="there is no .*preferences.jsonl: run the seven"):
         course.pack_checkpoints(tmp_path / "c.zip", tmp_path / "out", 10)
     put(tmp_path, "out/preferences.jsonl", "{}")
-    for week, n_files in ((3, 0), (4, 1), (5, 2), (6, 4), (8, 5), (10, 6)):
+    with pytest.raises(SystemExit, match="no model is made before week 3"):
+        course.pack_checkpoints(tmp_path / "c.zip", tmp_path / "out", 3)
+    for week, n_files in ((4, 1), (5, 2), (6, 4), (8, 5), (10, 6)):
         course.pack_checkpoints(tmp_path / "c.zip", tmp_path / "out", week)
         with zipfile.ZipFile(tmp_path / "c.zip") as file:
             assert len(file.namelist()) == n_files
@@ -768,6 +770,7 @@ def test_checkpoints_are_packed_where_a_copy_looks_for_them(tmp_path):
         ("--bug-hunt ada --grade tests", "--bug-hunt needs --secret"),
         ("--bug-hunt a --secret s --grade nowhere", "--grade HERE/nowhere: there is no such"),
         ("--gradescope x.zip", "--gradescope needs --secret"),
+        ("--gradescope x.zip --secret s --exercise gae", "--exercise is for --grade"),
         ("--curves nowhere/x.png", "--curves HERE/nowhere/x.png: there is no folder HERE"),
         ("--leaderboard tests", "--leaderboard HERE/tests: train_ppo.py is missing"),
         ("--leaderboard . --out nowhere", "there is no HERE/nowhere/sft/ckpt.pt: run the seven"),
