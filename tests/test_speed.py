@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,31 @@ def test_sampling_rounds_no_weight_again_for_the_next_token(tiny):
             generate(tiny, [[1, 2, 3], [4]], new_tokens)
         # four matrices and four biases in each of two blocks
         assert count.rounded == 16
+
+
+def test_a_token_of_all_rows_takes_twelve_operations_a_layer_and_few_beside(tiny):
+    """On a GPU each is the launch of a kernel, which takes longer than what most compute."""
+    views = (
+        "view _unsafe_view transpose t unbind slice select unsqueeze squeeze split detach".split()
+    )
+
+    class CountOperations(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.total += function.overloadpacket.__name__ not in views
+            return function(*args, **(kwargs or {}))
+
+    def operations(model, new_tokens):
+        with CountOperations() as count:
+            generate(model, [[1, 2, 3], [4]], new_tokens, stop=-1)
+        return count.total
+
+    deeper = GPT(replace(tiny.config, n_layer=3)).eval()
+    per_token = [(operations(model, 12) - operations(model, 4)) / 8 for model in (tiny, deeper)]
+    # Of a layer: two norms, four products, GELU, attention, two sums, keys and values kept.
+    assert per_token[1] - per_token[0] == 12
+    assert per_token[0] - 2 * 12 <= 28  # embedding, mask, head, sampling, and who has ended
 
 
 def test_in_bfloat16_sampling_and_scoring_nearly_agree(tiny):
