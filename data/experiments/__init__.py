@@ -1,6 +1,6 @@
 """What alignment does, measured: how far one can get, what it costs, how it fails.
 
-    python -m data.experiments --quick            one seed, fewer settings: about half an hour
+    python -m data.experiments --quick            one seed, fewer settings: 25 minutes on two cores
     python -m data.experiments                    three seeds: three to four hours on two cores
     python -m data.experiments --only tasks,broken            one or some of these:
 
