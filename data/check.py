@@ -89,8 +89,8 @@ CAUSES = {
         "proxy": (
             "is the KL penalty missing? Are responses sampled at a lower temperature than that of "
             "their log-probabilities?",
-            "is the score added at the last token of the response? Do the signs of advantages and "
-            "policy loss agree?",
+            "is the score added at the last token of the response? Has the KL penalty the right "
+            "sign? Do the signs of advantages and policy loss agree?",
         ),
         "gold": (
             "does anything in training read gold?",

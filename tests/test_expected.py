@@ -31,7 +31,7 @@ PLANTED = {  # stage: a bug, and the curves that may tell first
     "pretrain": ("a position sees what follows", ["loss"]),
     "sft": ("prompts in the loss of SFT", ["loss"]),
     "rm": ("the reward model prefers rejected responses", ["accuracy"]),
-    "ppo": ("KL penalty with the wrong sign", ["kl", "gold"]),
+    "ppo": ("KL penalty with the wrong sign", ["proxy", "kl", "gold"]),
     "dpo": ("means instead of sums under DPO", ["grad_norm"]),
 }
 
