@@ -113,7 +113,7 @@ def load_gpt2(path: str | Path, device="cpu") -> tuple[GPT, dict]:
     if (folder / "ckpt.pt").exists():
         raise InputError(f"{folder} is the folder of a run: name its checkpoint, {folder}/ckpt.pt")
     config, n_rows = read_config(folder)
-    check_tokenizer(folder)
+    check_tokenizer(folder, n_rows)
     tensors = list(read_tensors(folder))  # mapped, and not yet read
     if config.n_parameters > 4 * sum(tensor.numel() for _, tensor, _ in tensors):
         # so many that they might not fit into memory; a smaller difference is named below
@@ -203,9 +203,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def check_tokenizer(folder: Path):
+def check_tokenizer(folder: Path, n_rows: int = N_VOCAB):
     """Raises InputError if the folder has a file of another tokenizer than GPT-2's, the only one
-    that we have for such folders. With its ids the model would read other words."""
+    that we have for such folders. With its ids the model would read other words. n_rows: of the
+    token table; those beyond GPT-2's have to be our chat tokens."""
 
     def by_id(ids: dict) -> list:
         tokens = {i: token for token, i in ids.items()}
@@ -223,6 +224,10 @@ def check_tokenizer(folder: Path):
             content = read_json(path)
             ids = {token["content"]: token["id"] for token in content["added_tokens"]}
             found.append((path, TOKENS, by_id(content["model"]["vocab"] | ids)))
+            chat = [token for token in SPECIALS if token != "<|endoftext|>"]
+            ours = dict(enumerate(chat, N_VOCAB)) if n_rows == N_VOCAB + len(chat) else {}
+            if {i: token for token, i in ids.items() if i in ours} != ours:
+                raise InputError(f"{path} has other tokens than {', '.join(ours.values())}")
             merges = content["model"]["merges"]  # "a b" or, since 2024, ["a", "b"]
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
             found.append((path, MERGES, merges))

@@ -322,6 +322,21 @@ def test_folder_with_another_tokenizer_of_the_same_size_is_refused(copy, monkeyp
         (copy / name).write_text(right[name][0])
 
 
+def test_four_more_tokens_have_to_be_the_chat_tokens(tmp_path):
+    """A model with <|im_start|> in the place of <|pad|> would read its own prompts wrongly."""
+    tokens = {f"t{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
+    for ours in (True, False):
+        names = ["<|pad|>" if ours else "<|im_start|>", "<|user|>", "<|assistant|>", "<|end|>"]
+        added = [{"content": name, "id": 50257 + i} for i, name in enumerate(names)]
+        content = {"model": {"vocab": tokens, "merges": []}, "added_tokens": added}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        said = "another tokenizer than GPT-2's" if ours else "has other tokens than <.pad.>, <.user"
+        with pytest.raises(InputError, match=said):
+            check_tokenizer(tmp_path, 50261)
+        with pytest.raises(InputError, match="another tokenizer than GPT-2's"):
+            check_tokenizer(tmp_path)
+
+
 def test_fingerprints_of_gpt2s_tokenizer_are_those_of_its_vocabulary(copy):
     if not gpt2_tokenizer_is_there():
         pytest.skip("GPT-2's vocabulary is not here: set TIKTOKEN_CACHE_DIR")
