@@ -32,15 +32,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-# On recent GPUs PyTorch would take cuDNN's attention, which makes a plan for every new length, for
-# up to half a second each; and while sampling, every token is a new length.
+# On recent GPUs PyTorch would choose cuDNN's attention, which spends up to half a second planning
+# for each new length; and while sampling, every token is a new length.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class InputError(ValueError):
-    """Something that a user can mend, such as a file that is not what it should be.
+    """Something that a user can fix, such as a file that is not what it should be.
 
-    A program shows its message alone (see run_script in data/run.py), a notebook a traceback.
+    A program shows only its message (see run_script in data/run.py), a notebook a traceback.
     """
 
 
@@ -76,7 +76,7 @@ class GPTConfig:
 class Cache:
     """Keys and values of the tokens read so far, so that sampling reads each token once.
 
-    A token at position p of its row is stored at index p. So rows of different length need no
+    A token at position p of its row is stored at index p, so rows of different lengths need no
     alignment: a query at position p looks at indices 0..p, and whatever lies beyond is masked.
     """
 
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have found
 
     def forward(self, x, layer=None, cache=None, positions=None, mask=None):
-        """x (B, T, C) -> (B, T, C). The others are needed while sampling: see Cache.update."""
+        """x (B, T, C) -> (B, T, C). The other arguments are for sampling: see Cache.update."""
         B, T, C = x.shape
         qkv = self.c_attn(x)  # (B, T, 3 C): one product instead of three
         q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
@@ -149,7 +149,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, applied to every position alone: (B, T, C) -> (B, T, 4 C) -> (B, T, C)."""
+    """Two layers, applied to each position separately: (B, T, C) -> (B, T, 4 C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -178,11 +178,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids -> hidden states. Module names are GPT-2's, so its weights load by name.
 
-    Two switches change what a pass costs, and not what it means. bf16: matrices are multiplied in
-    bfloat16 (weights, norms and the residual stream stay float32, and on CPUs attention, too).
-    recompute: activations inside blocks are not kept for the backward pass, which computes them
-    again (Chen et al. 2016, https://arxiv.org/abs/1604.06174): a third more arithmetic, a fraction
-    of the memory.
+    Two switches change what a pass costs, but not what it computes. bf16: matrices are multiplied
+    in bfloat16 (weights, norms and the residual stream stay float32, and on CPUs so does
+    attention). recompute: activations inside blocks are not kept for the backward pass, which
+    recomputes them (Chen et al. 2016, https://arxiv.org/abs/1604.06174): a third more arithmetic, a
+    fraction of the memory.
     """
 
     bf16 = recompute = False
@@ -253,8 +253,8 @@ class ScalarModel(nn.Module):
 
     A reward model is read at the last token of a response, a critic at every token. `reward_mean`
     and `reward_sd` are set once, after a reward model is trained, so that its scores have mean 0
-    and SD 1 on samples of the SFT model; without that, PPO's KL coefficient would mean something
-    else for every reward model.
+    and SD 1 on samples from the SFT model; otherwise PPO's KL coefficient would mean something
+    different for every reward model.
     """
 
     def __init__(self, config: GPTConfig):
@@ -344,11 +344,11 @@ def generate(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Continue every prompt: token ids in, (responses, log-probabilities of their tokens) out.
 
-    A response ends with the token `stop`, which it then contains, or without it after
-    max_new_tokens or at the end of the context. Prompts may differ in length. Rows are padded on
-    the right, and a row that has ended leaves the batch, so it costs nothing more. batch_size is
-    how many rows are in the cache at a time: more are faster and need more memory. Sampling
-    settings: see `sample`. progress: the name of a progress bar, if there is to be one.
+    A response ends with the token `stop`, which it includes, or without it after max_new_tokens or
+    at the end of the context. Prompts may differ in length. Rows are padded on
+    the right, and a row that has ended leaves the batch, so it costs nothing more. batch_size: rows
+    in the cache at a time; more is faster and needs more memory. Sampling settings: see `sample`.
+    progress: the label of a progress bar ("" for none).
 
     Raises ValueError if a prompt is empty or leaves no room in the context for a response.
     """
@@ -401,7 +401,7 @@ def _continue_together(model, prompts, max_new_tokens, stop, draw):
                 logits = torch.mm(last, wte.T, out_dtype=torch.float32)
             else:
                 logits = last.to(wte.dtype) @ wte.T
-            # The padding rows of the table make the product faster, and are no tokens.
+            # The padding rows of the table make the product faster, but are not tokens.
             ids, lp = draw(logits[:, : model.config.vocab_size])  # (B, V) -> (B,), (B,)
         for i, token, logprob in zip(rows, ids.tolist(), lp.tolist()):
             results[i][0].append(token)
@@ -461,8 +461,8 @@ STAGES = ("pretrain", "sft", "rm", "ppo", "dpo")  # train_<stage>.py writes out/
 def fingerprint(*things) -> str:
     """A hash of things, 16 hexadecimal digits: equal things have equal ones.
 
-    things: weights (a dict of tensors, in any order), arrays, and whatever JSON can hold. What a
-    model was made from is kept with it in this form, to be compared later.
+    things: weights (a dict of tensors, in any order), arrays, and whatever JSON can hold. A
+    checkpoint keeps what its model was made from in this form, for later comparison.
     """
     digest = hashlib.blake2b(digest_size=8)
     for thing in things:
@@ -481,8 +481,8 @@ def fingerprint(*things) -> str:
 def save_checkpoint(path: str | Path, checkpoint: dict):
     """Write a dict of plain values and tensors; readers see the old file or the new, never half.
 
-    Raises InputError if it cannot be written (a full disk, a read-only folder); the file that
-    was there before is then still there.
+    Raises InputError if it cannot be written (a full disk, a read-only folder); the previous file
+    is then left intact.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # each process has its own
@@ -534,7 +534,7 @@ def load_model(path: str | Path, device="cpu", kind=GPT) -> tuple[nn.Module, dic
     the `fingerprint` of the model and its tokenizer is added.
 
     kind: GPT, or ScalarModel for a reward model. Raises InputError if the checkpoint holds the
-    other, or things that do not fit together.
+    other kind, or parts that do not fit together.
     """
     checkpoint = load_checkpoint(path, device)
     if (checkpoint["stage"] == "rm") != (kind is ScalarModel):

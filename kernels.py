@@ -7,7 +7,7 @@ Every stage ends in the same product, hidden states (N, C) times the transposed 
 and wants one or two numbers per row of the result. The full logits (N, V) are by far the largest
 tensor of a training step: 8192 tokens and a vocabulary of 50304 are 1.6 GB in float32, and as much
 again for their gradient. So both functions here work through the rows in chunks, reduce each chunk
-to what is asked for while it is at hand, and throw it away.
+to what is asked for while it is in memory, and discard it.
 
 Per row, with hidden state x, logits z = x W^T / temperature and target t:
 
@@ -26,22 +26,22 @@ so that a loss with the gradients g = dL/d(log p_t) and h = dL/dH has
 
 - `linear_cross_entropy` knows in the forward pass that its result will be scaled by one number, so
   it computes the gradient right there, chunk by chunk: three matrix products in all.
-- `linear_logprobs` meets a different upstream gradient for every row (advantages, in PPO), known
+- `linear_logprobs` gets a different upstream gradient for every row (advantages, in PPO), known
   only in the backward pass, so it computes each chunk of logits twice: four matrix products.
 
-Three kinds of pass over a chunk of logits are all that this takes. They are the three functions
-that `_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor
-per row) and `_logit_gradients` (dz from any upstream gradient). Their lines in PyTorch are their
-definition. On a GPU one Triton kernel computes a tile of logits in registers, in float32, and makes
-of it there what is wanted. From logits rounded to bfloat16, log p_t would be off by 0.01 and more;
+All this takes only three kinds of pass over a chunk of logits. They are the three functions that
+`_use_triton` switches: `_statistics` (m, s, H and log p_t), `_exponentials` (p up to a factor
+per row) and `_logit_gradients` (dz from any upstream gradient). Their lines in PyTorch define them.
+On a GPU one Triton kernel computes a tile of logits in registers, in float32, and turns it there
+into what is wanted. From logits rounded to bfloat16, log p_t would be off by 0.01 and more;
 from these it is off by 2e-5 on an H100 (7e-5 with 4096 channels), and by 2e-4 if all logits are
 near -80, as GPT-2's are.
 
 **The kernel.** A tile is BLOCK_N rows times BLOCK_V tokens, and its logits are float32 sums of
 products, as the tensor cores add them up. A row's V logits are spread over V / BLOCK_V tiles, which
 know nothing of each other. So each tile gives the statistics of its own part, and a few lines of
-PyTorch merge them afterwards: parts a and b, each with its m, s and u = sum exp(z - m) (z - m), are
-together
+PyTorch merge them afterwards: parts a and b, each with its m, s and u = sum exp(z - m) (z - m),
+combine to
 
     m = max(m_a, m_b)      s = s_a e^(m_a - m) + s_b e^(m_b - m)
     u = sum over both parts of e^(m_i - m) (u_i + s_i (m_i - m))
@@ -50,16 +50,16 @@ since exp(z - m) = exp(z - m_a) e^(m_a - m) and z - m = (z - m_a) + (m_a - m): t
 (Milakov and Gimelshein 2018). No atomics and no locks: the same bits on every run. (With few
 rows PyTorch merges in another order, so that the same row may differ in its last bits.)
 
-The gradient of a cross-entropy needs p in the same pass that finds m and s. It does without both:
-E_j = exp(z_j - z_t) is p_j up to a factor, sum_j E_j = 1 / p_t, and z_t is cheap to know before.
+The gradient of a cross-entropy needs p in the same pass that finds m and s. It does without them:
+E_j = exp(z_j - z_t) is p_j up to a factor, sum_j E_j = 1 / p_t, and z_t is cheap to find first.
 bfloat16 has float32's exponents, so E can be stored in it, up to a token whose loss is 70 nats.
 
 **Memory** of the kernel. In training, one chunk of E or dz: at most 1 GiB (WORKSPACE), the gradient
 of W in float32, and W once more where it has to be padded or rounded. Without gradients, three
 numbers per row and tile. (PyTorch has two or three chunks of logits at a time, of 8 MB on a CPU.)
 
-Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor. So it
-is inside a caller's torch.autocast and torch.compile, too.
+Results are float32, or float64 for float64 inputs; gradients have the dtype of their tensor. The
+same holds inside a caller's torch.autocast and torch.compile.
 """
 
 import functools
@@ -84,12 +84,12 @@ INTERPRET = False  # tests set it, to run the kernel on a CPU in Triton's interp
 
 
 def _untraced(function):
-    """Inside somebody's torch.compile, run as outside: PyTorch 2.11 cannot trace `out_dtype`."""
+    """Inside a caller's torch.compile, run as outside: PyTorch 2.11 cannot trace `out_dtype`."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         if torch.compiler.is_compiling():
-            # Not before it is needed: it imports the compiler, which takes seconds.
+            # Only when needed: it imports the compiler, which takes seconds.
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -274,7 +274,7 @@ class _Logprobs(Function):
 
 
 def _empty_gradients(ctx, hidden, weight):
-    """Where the gradients of hidden and weight will be gathered; None for one nobody asks for."""
+    """Buffers for the gradients of hidden and weight; None for one that is not needed."""
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     new = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills it
@@ -283,7 +283,7 @@ def _empty_gradients(ctx, hidden, weight):
 
 
 def _accumulate(dz, v, hidden, weight, rows, d_hidden, d_weight):
-    """Carry v * dz, the gradient of one chunk of logits, on to its hidden states and the weight.
+    """Propagate v * dz, the gradient of one chunk of logits, to its hidden states and the weight.
 
     dz (n, V); v (n,): a factor per row; rows: the chunk's slice of d_hidden. Products of bfloat16
     numbers are added up, and added to d_weight, in float32.
@@ -315,7 +315,7 @@ def _forbid_double_backward():
 
 # ---------------------------------------------------------------------------------------------
 # Three passes over the logits of a chunk. Each is defined in PyTorch, and done in Triton on a GPU.
-# n_tokens: the first rows of weight are tokens, and the others padding (see `_for_kernel`).
+# n_tokens: how many rows of weight are tokens; the others are padding (see `_for_kernel`).
 
 
 def _statistics(hidden, weight, n_tokens, target, temperature, with_entropy):
@@ -418,7 +418,7 @@ def _use_triton(x):
 
 
 def _for_kernel(weight, hidden):
-    """The weight as kernel and products read it, made once for all chunks.
+    """The weight in the form that kernel and products read, made once for all chunks.
 
     In the dtype of hidden, and with rows of zeros up to a multiple of 16: at GPT-2's 50257 tokens,
     an odd number, cuBLAS is five times slower, and Triton stores two bytes at a time instead of 16.
@@ -436,7 +436,7 @@ def _for_kernel(weight, hidden):
 
 
 def _aligned(x):
-    """x, contiguous and from a multiple of 16 bytes on: TMA fetches from nowhere else."""
+    """x, contiguous and starting at a multiple of 16 bytes: TMA fetches from nowhere else."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
@@ -492,9 +492,9 @@ def _tile(dtype, shared_memory):
     if shared_memory is None:  # the interpreter is slow, and cannot multiply bfloat16
         shape = dict(BLOCK_N=16, BLOCK_V=32, BLOCK_C=16)
         return dict(**shape, TMA=bf16, UPCAST=True, PRECISION="ieee"), {}
-    # What is fetched while something else is multiplied takes num_stages times (BLOCK_N + BLOCK_V)
-    # x BLOCK_C numbers of shared memory: 196,608, 98,304 or 49,152 bytes of bfloat16. Only recent
-    # GPUs have as much as the first, and they have a tensor memory accelerator (TMA), too.
+    # Prefetching while multiplying takes num_stages times (BLOCK_N + BLOCK_V) x BLOCK_C numbers of
+    # shared memory: 196,608, 98,304 or 49,152 bytes of bfloat16. Only recent GPUs have as much as
+    # the first, and they also have a tensor memory accelerator (TMA).
     if bf16 and shared_memory >= 200_000:
         shape, stages, tma = dict(BLOCK_N=128, BLOCK_V=256, BLOCK_C=64), 4, True
     elif bf16:
@@ -508,8 +508,8 @@ def _tile(dtype, shared_memory):
 
 
 if triton:
-    # Triton compiles anew for every alignment of its arguments. Those of which there is one number
-    # per row start anywhere, and are read too rarely for it to matter.
+    # Triton recompiles for every alignment of its arguments. Those with one number per row may
+    # start anywhere, and are read too rarely for it to matter.
     @triton.jit(
         do_not_specialize=["n_rows"],
         do_not_specialize_on_alignment=[*"MSU", "BASE", "ENTROPIES", "D_LOGPROB", "D_ENTROPY"],
@@ -550,7 +550,7 @@ if triton:
 
         part = rows * tl.cdiv(n_tokens, BLOCK_V) + v_tile  # where (row, tile) stands in M, S, U
         if MODE == "statistics":
-            # Tokens beyond the vocabulary are no tokens: as zeros they would enter every sum. Nor
+            # Columns beyond the vocabulary are not tokens: as zeros they would enter every sum. Nor
             # may they be -inf, for then e * z would be 0 * -inf.
             z = tl.where(token_in[None, :], z, -1e30)
             m = tl.max(z, 1)

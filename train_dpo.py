@@ -20,7 +20,7 @@ Put the last line into the loss of train_rm.py, and the policy is its own reward
 
 In the log, `chosen` and `rejected` are log-ratios to the reference in nats, `margin` is beta h (or
 with --loss simpo what that loss compares), and `accuracy` is how often it is above 0. Watch the
-first two: the loss only asks for their difference, and usually both fall.
+first two: the loss concerns only their difference, and usually both fall.
 
 References: Rafailov et al. 2023; Azar et al. 2023 (IPO); Meng et al. 2024 (SimPO); Mitchell 2023
 (cDPO); Pang et al. 2024 (+ NLL). Differs in: size; the reference reads the pairs once, before
@@ -128,8 +128,8 @@ def sequence_logprobs(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.
 def dpo_margin(logprobs, ref_logprobs, lengths, cfg) -> torch.Tensor:
     """How much higher the policy, read as its own reward model, scores chosen than rejected: (B,).
 
-    logprobs and ref_logprobs (2, B) are sums over a response, of chosen and of rejected; lengths
-    (2, B) count its tokens, with end-of-turn.
+    logprobs and ref_logprobs (2, B) are sums over the chosen and the rejected response; lengths (2,
+    B) count its tokens, end-of-turn included.
     """
     if cfg.loss == "simpo":  # Meng et al. 2024, equation 4: per token, and no reference
         return cfg.beta * (logprobs[0] / lengths[0] - logprobs[1] / lengths[1])
@@ -256,7 +256,7 @@ def main(cfg: Config) -> dict:
 
     @torch.no_grad()
     def evaluate() -> dict:
-        """Held-out pairs, and what the model says by itself: the loss knows nothing of that."""
+        """Metrics on held-out pairs and on the model's own samples, which the loss never sees."""
         by_length = sorted(test_rows, key=lambda row: row["length"])
         measured = [measure(batch) for batch in microbatches(by_length, 64)]
         losses, accuracies = (torch.cat([m[x] for m in measured]) for x in ("loss", "accuracy"))

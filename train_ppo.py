@@ -30,11 +30,11 @@ found the reward model's mistakes (over-optimisation).
 References: Schulman et al. 2017 (PPO), 2016 (GAE, equation 16); Ziegler et al. 2019 (KL in the
 reward, adaptive beta); Ouyang et al. 2022 (InstructGPT); Ahmadian et al. 2024 (RLOO); Shao et al.
 2024 (GRPO: here --advantage grpo --kl k3-loss); Liu et al. 2025 (Dr. GRPO). As in Ziegler et al.
-and OpenAI's code, a response without an end gets a fixed score (trl subtracts a fine). As in that
-code, and not in the PPO paper, values are clipped and Adam's eps is 1e-5. Differs in: policy and
-critic are separate models, so no coefficient stands between their losses; no pretraining gradients
-are mixed in; learning rates fall to a tenth; every token counts the same, where GRPO divides by the
-length of its response and Dr. GRPO by a constant; RLOO is clipped, where the paper has REINFORCE.
+and OpenAI's code, a response without an end gets a fixed score (trl subtracts a penalty). As in
+that code, but not in the PPO paper, values are clipped and Adam's eps is 1e-5. Differs in: policy
+and critic are separate models, so no coefficient weighs their losses; no pretraining gradients are
+mixed in; learning rates fall to a tenth; every token counts the same, where GRPO divides by the
+length of its response and Dr. GRPO by a constant; RLOO is clipped, where the paper uses REINFORCE.
 """
 
 import math
@@ -88,7 +88,7 @@ class Config:
     no_end_score: float = -2.0  # score of a response without an end, in SD of SFT samples
     # reward
     reward: str = "rm"  # rm; gold (of the town, to see what PPO could do); exact (1 if right, or 0)
-    beta: float = 0.25  # KL coefficient, the one to start from if target_kl is given
+    beta: float = 0.25  # KL coefficient (only its initial value if target_kl is given)
     target_kl: float = 0.0  # KL per response to aim for; beta moves slowly (0 = beta stays fixed)
     kl: str = "k1-reward"  # k1, k2 or k3 (see kl_estimate), in the -reward or in the -loss
     # advantages
@@ -166,7 +166,7 @@ def response_logprobs(hidden, head, targets, mask, temperature):
     hidden (B, T, C) and head (V, C) are the policy's; targets (B, T) int64: the tokens that follow;
     mask (B, T) bool: which of them belong to the response. Returns (logprobs, entropy), both (B, T)
     in nats, 0 outside the mask. Old, new and reference policy all go through here: two functions
-    that differ in the last digit would make the ratio lie.
+    that differed in the last digit would falsify the ratio.
     """
     logprobs, entropy = linear_logprobs(
         hidden.flatten(0, 1),
@@ -179,9 +179,9 @@ def response_logprobs(hidden, head, targets, mask, temperature):
 
 
 def full_kl(hidden, head, ref_hidden, ref_head, mask, temperature):
-    """KL(policy || ref) at each token of a response, over all the vocabulary, summed: (B,).
+    """KL(policy || ref) at each token of a response, over the whole vocabulary, summed: (B,).
 
-    log pi - log pi_ref of the sampled tokens estimates the same, with more noise. What remains
+    log pi - log pi_ref of the sampled tokens estimates the same, with more noise. All that remains
     random here is which tokens came before. For the log only: it needs all logits.
     """
     hidden, ref_hidden = hidden[mask].to(head.dtype), ref_hidden[mask].to(head.dtype)  # (N, C)
@@ -196,7 +196,7 @@ def predictions(rows, replies, pad_token: int, device):
     """Prompts and responses as what the policy reads and predicts: three tensors (B, T).
 
     inputs int64: all tokens but the last, padded on the right; targets int64: the tokens that
-    follow them; mask bool: the targets that are of the response, end-of-turn included.
+    follow them; mask bool: the targets that belong to the response, end-of-turn included.
     """
     sequences = [row["ids"] + reply.ids for row, reply in zip(rows, replies)]
     in_response = [
@@ -231,16 +231,16 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta, estimate="k1"):
 def kl_estimate(log_ratio, estimate):
     """Estimates of KL(p || q) from log p - log q of tokens that p sampled, any shape.
 
-    k1, k2 and k3 of http://joschu.net/blog/kl-approx.html. The mean of k1 and of k3 is the KL, that
-    of k2 nearly so while p and q are close. k1 may be negative (clipping it at 0 would bias it),
-    the others never are. While p and q are close, k2 and k3 are far less noisy than k1; once they
-    are apart, a single token that p has made rare adds q / p to k3, and its mean jumps.
+    k1, k2 and k3 of http://joschu.net/blog/kl-approx.html. The means of k1 and of k3 are the KL;
+    that of k2 nearly is while p and q are close. k1 may be negative (clipping it at 0 would bias
+    it), the others never are. While p and q are close, k2 and k3 are far less noisy than k1; once
+    they are apart, a single token that p has made rare adds q / p to k3, and its mean jumps.
 
-    What they teach, though, depends on where they stand (Tang and Munos 2025). In the reward, k1
+    What they teach, though, depends on where they are used (Tang and Munos 2025). In the reward, k1
     has the gradient of KL(p || q). In the loss, k1 has none on average, k2 has that of KL(p || q),
-    and k3, which is GRPO's, that of KL(q || p), but each for one token at a time: what a token does
-    to the KL of those after it, which the return contains, is left out. And there beta weighs the
-    KL against A', which gae and grpo divide by an SD: it is not the beta of the reward.
+    and k3, which is GRPO's, that of KL(q || p), but each for one token at a time: a token's effect
+    on the KL of those after it, which the return includes, is left out. And in the loss, beta
+    weighs the KL against A', which gae and grpo divide by an SD: it is not the beta of the reward.
     """
     if estimate == "k1":
         return log_ratio
@@ -252,7 +252,7 @@ def kl_estimate(log_ratio, estimate):
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation: all (B, T) -> advantages, returns; 0 outside the mask.
 
-    The mask of a row is one stretch, and nothing follows its last token: the next value is 0. The
+    The mask of a row is contiguous, and nothing follows its last token: the next value is 0. The
     returns, which the critic learns, are A + v before A is whitened.
     """
     advantages = torch.zeros_like(rewards)
@@ -294,7 +294,7 @@ def group_advantages(totals, prompts, how):
 
 
 def equal_groups(scores, prompts) -> float:
-    """The fraction of responses whose group has one score: of the reward these teach nothing."""
+    """The fraction of responses whose group has one score: these teach nothing about the reward."""
     same = prompts[:, None] == prompts  # (B, B)
     return (~same | (scores[:, None] == scores)).all(1).float().mean().item()
 
@@ -341,8 +341,7 @@ class KLCoefficient:
 
 
 def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to test on, each with "messages" and their "ids", at most `longest`
-    of them.
+    """Training and test rows, each with "messages" and their "ids", at most `longest` of them.
 
     Rows of the town also have the "task" that gold needs, rows of a file an "answer" if it has one.
     """
@@ -369,9 +368,9 @@ def load_prompts(cfg, tokenizer, longest: int) -> tuple[list[dict], list[dict]]:
 
 
 def load_reward_model(cfg, checkpoint: dict, device) -> tuple[ScalarModel, str]:
-    """The reward model, frozen, and its fingerprint. checkpoint: that of the policy at its start.
+    """The reward model, frozen, and its fingerprint. checkpoint: that of the initial policy.
 
-    Says so if it was trained from another model. Raises InputError if it reads other tokens.
+    Prints a note if it was trained from another model. Raises InputError if its tokenizer differs.
     """
     model, rm_checkpoint = load_model(cfg.rm, device, ScalarModel)
     if rm_checkpoint["tokenizer"] != checkpoint["tokenizer"]:
@@ -440,7 +439,7 @@ def forward_passes(policy, critic, reward_model, epochs: int) -> float:
 
 
 def assert_sampled(rows, replies, logprobs, rounding):
-    """Assert that the sampler had the log-probabilities (B, T) that PPO scores."""
+    """Assert that the sampler's log-probabilities equal those (B, T) that PPO computes."""
     sampled = [[0.0] * (len(row["ids"]) - 1) + r.logprobs for row, r in zip(rows, replies)]
     worst = (pad(sampled, 0.0).to(logprobs.device) - logprobs).abs().max().item()
     assert worst < rounding, (

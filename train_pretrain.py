@@ -96,7 +96,7 @@ class Config:
 
 
 def read_documents(cfg: Config) -> tuple[list[str], list[str]]:
-    """Documents to train on and to validate on, of the town or of a text file."""
+    """Training and validation documents, from the town or from a text file."""
     if not cfg.data:
         return documents(cfg.documents, cfg.seed), documents(1000, "validation")
     texts = read_texts(cfg.data)
@@ -107,12 +107,12 @@ def read_documents(cfg: Config) -> tuple[list[str], list[str]]:
 
 
 def cut_documents(tokens: np.ndarray, eot: int, context: int) -> np.ndarray:
-    """Where training may start to read: at every document, and every `context` tokens inside it.
+    """Where training rows may start: at every document, and every `context` tokens inside it.
 
-    From a random position, a row would ask for names that were introduced before it. A row that is
-    longer than its document runs on into the next ones, whose tokens then see the earlier document,
-    too, as in GPT-2. A document begins at end-of-text; what stands before the first one is a
-    document, too. Returns the positions (N + 1,): the first is 0, the last the end of the tokens.
+    A row from a random position would have to predict names introduced before it. A row that is
+    longer than its document runs on into the next ones, whose tokens then also see the earlier
+    document, as in GPT-2. A document begins at end-of-text; what precedes the first one also counts
+    as a document. Returns the positions (N + 1,): the first is 0, the last the end of the tokens.
     """
     starts = np.union1d([0], np.flatnonzero(tokens == eot))
     ends = np.append(starts[1:], len(tokens))
@@ -130,8 +130,8 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
 
     With x = g / |g|, whose singular values s lie between 0 and 1, the product
     a x + b (x x^T) x + c (x x^T)^2 x has the values a s + b s^3 + c s^5 and the same U and V. With
-    these coefficients five rounds of it bring nearly every s to between 0.7 and 1.2, and that with
-    matrix products alone, which are much cheaper than an SVD.
+    these coefficients, five rounds bring nearly every s to between 0.7 and 1.2, using only matrix
+    products, which are much cheaper than an SVD.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024
     x = g.mT if g.shape[1] > g.shape[2] else g  # so that x x^T is the smaller of the two products
@@ -147,8 +147,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, but each step moves a matrix by the same amount in all its directions.
 
     A gradient has a few large singular values and many small ones, so plain steps learn a few
-    directions well and the others hardly. As torch.optim.Muon, but in float32 on CPUs (see
-    `orthogonalise`), and with all matrices of a shape at once: one by one, a GPU would wait for
+    directions well and the others hardly at all. Like torch.optim.Muon, but in float32 on CPUs (see
+    `orthogonalise`), and with all matrices of one shape at once: one by one, a GPU would wait for
     2,000 launches a step at GPT-2's size.
     """
 
@@ -157,7 +157,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Move every parameter along its gradient's running mean, made orthogonal."""
+        """Move every parameter along the orthogonalised running mean of its gradients."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for shape in dict.fromkeys(p.shape for p in group["params"]):
@@ -210,7 +210,7 @@ def validation_loss(model: GPT, tokens: np.ndarray, cuts: np.ndarray, eot: int) 
     total, scored, device = 0.0, 0, model.wte.weight.device
     for batch in sorted_batches(np.diff(cuts)):
         rows = [tokens[cuts[i] : cuts[i + 1] + 1].tolist() for i in batch]
-        # What stands behind the end of a row does not count: its target is -100.
+        # What lies beyond the end of a row does not count: its target is -100.
         idx, target = pad([row[:-1] for row in rows], eot), pad([row[1:] for row in rows], -100)
         hidden = model(idx.to(device)).flatten(0, 1)
         target = target.flatten().to(device)

@@ -9,13 +9,13 @@
     run      python -m data.preferences; python train_rm.py
     expect   1 minute on two cores; held-out accuracy 0.74, where an oracle judge has 0.79
 
-r is read at the last token of the response, its end-of-turn token, where the model has seen all of
-it. Only differences of r are learned, so afterwards r is shifted and scaled to mean 0 and SD 1 on
-samples of the SFT model: then PPO's KL coefficient means the same for every reward model.
+r is read at the last token of the response, its end-of-turn token, by which point the model has
+seen it all. Only differences of r are learned, so afterwards r is shifted and scaled to mean 0 and
+SD 1 on samples from the SFT model: then PPO's KL coefficient means the same for every reward model.
 
 How good could a judge of these labels be? Annotators are noisy, so even an oracle, who knows the
-true reward of every response, agrees with only so many of them (Bayes accuracy). In the town the
-oracle can be asked: see `judge` in data/metrics.py.
+true reward of every response, agrees with only so many labels (Bayes accuracy). In the town the
+oracle can be consulted: see `judge` in data/metrics.py.
 
 Reference: Stiennon et al. 2020. Differs in: size; the head starts at 0, so the first loss is ln 2.
 """

@@ -8,9 +8,9 @@
     run      python train_sft.py
     expect   1.5 minutes on two cores; validation loss 0.27 nats per token of a response
 
-Only the response is learned, end-of-turn included: the prompt is the user's business, and a model
-that never sees an end never stops. Demonstrators are mostly good, but some of what they write is
-wrong, rude or rambling, and SFT imitates it all. Telling good from bad is left to later stages.
+The loss covers only the response, end-of-turn included: the prompt is the user's business, and a
+model that never sees an end never stops. Demonstrators are mostly good, but some of what they write
+is wrong, rude or rambling, and SFT imitates it all. Telling good from bad is left to later stages.
 
 References: Wei et al. 2021 (FLAN: many tasks as instructions), Ouyang et al. 2022 (InstructGPT,
 section 3.5). Differs from them in: size, data, loss averaged over tokens rather than responses.
@@ -87,7 +87,7 @@ def sft_loss(model, tokens: torch.Tensor, mask: torch.Tensor, reduction="mean") 
     """Cross-entropy of the tokens (B, T) int64 that mask (B, T) bool marks -> scalar, in nats."""
     hidden = model(tokens[:, :-1])  # (B, T - 1, C): after reading token t ...
     target, learned = tokens[:, 1:], mask[:, 1:]  # ... predict token t + 1, if the response has it
-    # Prompt and padding leave before the head, where most of the arithmetic is.
+    # Prompt and padding are dropped before the head, where most of the arithmetic is.
     return linear_cross_entropy(hidden[learned], model.head, target[learned], reduction=reduction)
 
 
@@ -137,9 +137,9 @@ def main(cfg: Config) -> dict:
     batches = []
     for epoch in range(cfg.epochs):
         batches += length_batches(lengths, cfg.batch_size, np.random.default_rng([cfg.seed, epoch]))
-    # The summed loss of every batch is divided by the same number. Divided by its own, a token in a
-    # batch of short responses would weigh more. (WORLD processes, 1 without torchrun, share a
-    # batch, and average_gradients takes the mean over them: each divides by its share.)
+    # The summed loss of every batch is divided by the same number. Divided by its own count, a
+    # token in a batch of short responses would weigh more. (WORLD processes, 1 without torchrun,
+    # share a batch, and average_gradients takes the mean over them: each divides by its share.)
     tokens_per_batch = cfg.epochs * sum(sum(row["mask"]) for row in rows) / len(batches)
     tokens_per_rank = tokens_per_batch / WORLD
     used = cfg.epochs * sum(lengths)

@@ -37,10 +37,10 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def recent(tokenizer, messages: list[dict], room: int) -> list[dict]:
-    """The end of a conversation whose prompt has at most room tokens: whole turns, a question and
-    its answer each, are forgotten, the oldest first. The last question stays, however long it is.
+    """The end of a conversation, its prompt at most room tokens long: whole turns, each a question
+    and its answer, are dropped, oldest first. The last question stays, however long it is.
 
-    messages: of user and assistant in turn, the first and the last of the user.
+    messages: from user and assistant in turn, the first and the last from the user.
     """
     while len(messages) > 2 and len(encode_prompt(tokenizer, messages)) > room:
         messages = messages[2:]
@@ -64,8 +64,8 @@ def encode_chat(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
     """Ids of a conversation and its loss mask, both of length T.
 
     The mask is 1 for every token that the assistant produces, the end of its turn included. It is
-    made as the ids are: a mask that is found afterwards by searching for markers goes wrong as soon
-    as a text contains one.
+    built along with the ids: a mask found afterwards by searching for markers goes wrong as soon as
+    a text contains one.
     """
     ids, mask = [], []
 

@@ -1,4 +1,4 @@
-"""Preferences: two responses of the SFT model to a prompt, and which of them somebody prefers.
+"""Preferences: two responses from the SFT model to a prompt, and which of them is preferred.
 
     python -m data.preferences                          annotated by the simulated annotators
     python -m data.preferences --flip 0.25 --name noisy           into out/noisy.jsonl, for --data
@@ -16,8 +16,8 @@ The last tenth of the file is never trained on (see held_out in data/files.py): 
 town and simulated annotators it holds those of the test split, and no others. Out of courtesy to
 annotators, pairs of equal responses, or with a response that did not end, are left out.
 
-What people have judged is never overwritten. Asked again, with the same options, they go on where
-they stopped.
+Human judgements are never overwritten. Run again with the same options, the program continues where
+it stopped.
 """
 
 import random
@@ -136,8 +136,8 @@ def make_preferences(cfg: Config, out: Path, model, checkpoint: dict):
 
 
 def end_with_a_tenth(rows: list[dict], test_conversations: list[list[dict]]) -> list[dict]:
-    """Rows with those of test conversations at their end, where they are exactly the tenth that
-    `held_out` takes: a few rows too many of either kind are left out.
+    """Rows with those of test conversations at the end, where they are exactly the tenth that
+    `held_out` takes: a few surplus rows of either kind are dropped.
 
     Which pairs are left after annotation is chance. Without this, a prompt of the test split might
     be trained on.
@@ -197,8 +197,8 @@ def ask_human(conversations, pairs, out: Path, sampled_from: str):
 def load_preferences(path: str | Path, model_fingerprint: str = "") -> list[dict]:
     """Rows of a file of preferences (see `read_preferences`), for a model with this fingerprint.
 
-    Says so if another model has sampled the responses. Raises InputError with the command that
-    makes the file if it is missing.
+    Prints a note if another model sampled the responses. If the file is missing, raises InputError
+    with the command that makes it.
     """
     if not Path(path).exists():
         raise InputError(

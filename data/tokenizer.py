@@ -26,8 +26,8 @@ from gpt import InputError
 SPECIALS = ["<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 # Text is first split into pre-tokens: a word with the space before it, one to three digits,
-# punctuation, white space. Every character is in exactly one, and no merge crosses their borders,
-# so there is no token for "dog." beside the one for "dog". White space of more than 1000 characters
+# punctuation, white space. Every character is in exactly one, and no merge crosses a boundary, so
+# there is no token for "dog." besides the one for "dog". White space of more than 1000 characters
 # is several pre-tokens, since matching a million at once overflows tiktoken's stack.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s{1,1000}(?!\S)|\s"
 
@@ -153,16 +153,16 @@ class GPT2Tokenizer(Tokenizer):
 def train_bpe(text: str, n_vocab: int) -> list[list[int]]:
     """Learn the merges of a byte-level BPE from a text.
 
-    Start with the 256 bytes as ids. Again and again, find the pair of neighbouring ids that occurs
-    most often in the text, and replace it by a new id. Of equally frequent pairs the smallest is
-    taken, so the order of the words in the text does not matter.
+    Start with the 256 bytes as ids. Repeatedly find the pair of adjacent ids that occurs most often
+    in the text, and replace it with a new id. Of equally frequent pairs the smallest is taken, so
+    the order of the words in the text does not matter.
 
         train_bpe(" low lower lowest", n_vocab=256 + 3 + 5)
         -> [[32, 108], [111, 119], [256, 257]]
         id 256 is " l" (bytes 32 and 108), id 257 is "ow", id 258 is " low"
 
-    n_vocab: the number of ids, with 256 bytes and five special tokens; there are fewer if no pair
-    occurs twice any more. Returns the pairs in the order learned; merge n makes id 256 + n.
+    n_vocab: the number of ids, including 256 bytes and five special tokens; there are fewer once no
+    pair occurs twice. Returns the pairs in the order learned; merge n makes id 256 + n.
     """
     found = Counter(re.findall(PATTERN, text))  # every distinct pre-token, and how often it occurs
     counts = list(found.values())
@@ -229,7 +229,7 @@ def make_tokenizer(kind: str, texts: list[str], n_vocab: int) -> Tokenizer:
 def load_tokenizer(state: dict) -> Tokenizer:
     """The tokenizer whose `state` was saved in a checkpoint, under "tokenizer".
 
-    Raises InputError that names what is wrong in a state that is damaged.
+    Raises InputError naming what is wrong in a damaged state.
     """
     kind, merges, characters = (state.get(name) for name in ("kind", "merges", "characters"))
     if kind == "bpe" and isinstance(merges, list):

@@ -163,7 +163,7 @@ def sums(rng: random.Random) -> str:
 
 
 def long_sums(rng: random.Random) -> str:
-    """Another page of it: two or three long sums, worked out step by step."""
+    """Another page of the notebook: two or three long sums, worked out step by step."""
     pages = [f"Now {text}. {steps}." for text, steps, _ in (long_sum(rng) for _ in range(3))]
     return f"{rng.choice(RESIDENTS).name} adds up. {' '.join(pages[: rng.randint(2, 3)])}"
 

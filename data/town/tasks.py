@@ -14,14 +14,14 @@ several tokens; `notice` in documents.py is the place for it.)
 
 Five things are held out of all training on tasks (SFT, preferences, PPO):
 - cases: one in ten, chosen by a hash of its content, so it is the same for every seed;
-- frames: a kind is trained with six and without any; the others are new to it, RARE_FRAMES to all;
+- frames: a kind is trained with six and with none; the others are new to it, RARE_FRAMES to all;
 - cores: those listed under `unseen`;
 - cells: a kind on a material of other kinds. `reverse` is never trained on a list of colours,
-  though it has other lists, and other kinds have colours;
+  though it sees other lists, and other kinds see colours;
 - whole kinds: those marked `held_out=True`.
 Nothing is held out of the documents: they have every sum, and "The third animal is ...".
 
-Of these, new kinds are never answered, and new cells not always (README.md).
+Of these, new kinds are never answered, and new cells only sometimes (README.md).
 """
 
 import random
@@ -95,7 +95,7 @@ FRAMES += [f"{{ask}} {ending}" for ending in town.ENDINGS]
 RARE_FRAMES = [f"{opening} {{ask}}" for opening in town.RARE_OPENINGS]
 RARE_FRAMES += [f"{{ask}} {ending}" for ending in town.RARE_ENDINGS]
 
-# What can be new about a task, beside its case: what `draw` calls it -> in words.
+# What can be new about a task, besides its case: what `draw` calls it -> in words.
 NEW = {
     "frame": "frame new to the kind",
     "rare frame": "frame new to all kinds",
@@ -118,7 +118,7 @@ def kind(*cores: str, unseen: list[str] = (), **flags):
 
 
 def frames(name: str) -> list[str]:
-    """The six frames that a kind is trained with, beside the bare core."""
+    """The six frames that a kind is trained with, besides the bare core."""
     start = 5 * list(KINDS).index(name)  # 5 and 26, the number of frames, share no factor
     return [FRAMES[(start + 7 * i) % len(FRAMES)] for i in range(6)]
 
@@ -703,7 +703,7 @@ def draw_tasks(n: int, seed, mixture: str = "", **options) -> list[Task]:
 
     mixture: kinds with weights, such as "story:3,one_sum" for three stories to every sum; "" for
     all kinds that are trained on, equally often. options: those of `draw`. Raises InputError for
-    an unknown kind, for a weight that is no whole number, and if all weights are 0.
+    an unknown kind, for a weight that is not a whole number, and if all weights are 0.
     """
     names = []
     for entry in mixture.split(",") if mixture else TRAIN_KINDS:
