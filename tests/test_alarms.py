@@ -31,6 +31,11 @@ NEVER = "no response scores above 0: is none ev"
 UNMOVED = "weight matrices of the model, such as "
 
 
+def test_a_kl_of_24_nats_is_no_alarm_and_one_of_26_is():
+    rings = [any(alarm.sign({"kl_full": kl}) for alarm in ALARMS) for kl in (24.0, 26.0)]
+    assert rings == [False, True]
+
+
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_no_alarm_rings_in_a_right_run(chain, tmp_path, capsys, monkeypatch, stage):
     prepare(chain, tmp_path, stage)

@@ -155,6 +155,19 @@ def test_every_epoch_has_other_batches():
     assert len(first & second) < 25  # of 250
 
 
+def test_every_epoch_has_other_batches_even_if_no_two_rows_have_the_same_length():
+    epochs = [length_batches(np.arange(1000), 4, np.random.default_rng(i)) for i in range(2)]
+    first, second = ({tuple(sorted(batch)) for batch in epoch} for epoch in epochs)
+    assert len(first & second) < 25  # of 250
+
+
+def test_rows_of_one_batch_are_neighbours_in_length():
+    lengths = np.random.default_rng(0).permutation(100)  # one pool, and no two are equal
+    batches = length_batches(lengths, 10, np.random.default_rng(1))
+    ranges = sorted(sorted(lengths[i] for i in batch) for batch in batches)
+    assert ranges == [list(range(10 * n, 10 * n + 10)) for n in range(10)]
+
+
 def test_for_passes_without_gradients_rows_go_from_the_shortest_to_the_longest():
     lengths = [5, 1, 4, 1, 3, 9, 2]
     assert sorted_batches(lengths, size=3) == [[1, 3, 6], [4, 2, 0], [5]]

@@ -22,11 +22,12 @@ import data.run
 import data.talk
 import kernels
 import train_dpo
+import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
 from data.check import Check
-from data.run import parse_config, printable, run_script, start
+from data.run import Run, parse_config, printable, run_script, start
 from gpt import InputError
 
 
@@ -106,12 +107,64 @@ def test_bytes_that_are_no_text_at_the_keyboard_end_no_conversation(chain):
     assert result.returncode == 0 and result.stdout.count(b"> ") == 2
 
 
-def test_too_little_memory_is_an_error_in_one_line():
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_an_error_in_one_line(error):
     def main():
-        raise MemoryError("Unable to allocate 9 TiB")
+        raise error("Unable to allocate 9 TiB")
 
     with pytest.raises(SystemExit, match="out of memory: try a smaller --microbatch.* 9 TiB"):
         run_script(main)
+
+
+def test_options_are_not_abbreviated_and_may_be_negative_where_their_default_is(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["x", "--no_end_score=-3"])
+    assert parse_config(train_ppo.Config).no_end_score == -3
+    monkeypatch.setattr(sys, "argv", ["x", "--step", "3"])
+    with pytest.raises(SystemExit):
+        parse_config(train_pretrain.Config)
+    assert "unrecognized arguments: --step 3" in capsys.readouterr().err
+
+
+def test_devices_are_taken_if_they_are_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert data.run.find_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert data.run.find_device("auto").type == "cpu"
+    with pytest.raises(InputError, match="--device cuda: not available here; try --device cpu"):
+        data.run.find_device("cuda")
+
+
+def test_threads_are_at_most_as_many_as_cpus(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", (taken := []).append)
+    start(train_sft.Config(device="cpu", threads=10**6))
+    assert taken == [os.cpu_count()]
+
+
+def test_compile_without_a_compiler_is_a_clear_error(tiny, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(InputError, match="--compile needs a C.. compiler"):
+        data.run.set_speed(train_sft.Config(compile=True, bf16=False), tiny)
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "experiments", "quick", "unfinished", "report.md"])
+def test_names_that_the_project_uses_itself_are_taken(tmp_path, name):
+    with pytest.raises(InputError, match=f"--name {name}: choose a plain name"):
+        data.run.run_path(str(tmp_path), name)
+
+
+def test_a_name_that_is_a_file_is_refused_before_training(chain, tmp_path):
+    prepare(chain, tmp_path, "sft")
+    with pytest.raises(InputError, match="preferences.jsonl"):
+        Run("sft", train_sft.Config(out=str(tmp_path), name="preferences.jsonl"), {})
+
+
+def test_memory_is_in_gigabytes_of_1000_to_the_third_bytes():
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    assert data.run.peak_gb() == pytest.approx(most / 1e9, rel=0.02)
 
 
 def test_every_option_has_a_help_text():
@@ -171,7 +224,7 @@ def test_a_reader_who_has_gone_ends_a_program_without_a_traceback():
     command = [sys.executable, "-m", "data.town"]
     result = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert result.stderr == ""
+    assert result.stderr == "" and result.returncode == 1
 
 
 def test_a_terminal_that_lacks_a_character_shows_question_marks_and_stops_no_run(

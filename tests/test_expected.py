@@ -13,13 +13,14 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import ROOT, SCRIPTS
+from tiny_runs import ROOT, SCRIPTS, interrupt
+from tiny_runs import run as run_tiny
 
 import train_ppo
 import train_pretrain
 import train_rm
 import train_sft
-from data.check import CAUSES, FOLDER, Check
+from data.check import CAUSES, FOLDER, Check, changed_options
 from data.experiments import expected
 from data.experiments.bugs import BUGS, plant
 from data.experiments.expected import make_bands, read_log
@@ -214,6 +215,28 @@ def test_check_is_silent_while_a_correct_run_begins(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "check: 2 of 3 curves are within their bands" in run.stderr
     assert "check: " not in run.stdout
+
+
+def test_a_run_with_check_looks_at_every_window_also_after_resume(tmp_path, capsys, monkeypatch):
+    bands = "column,first,last,low,high,width\n"
+    bands += "loss,0,0,-1,-1,0.01\nloss,1,4,0,99,1\ngrad_norm,5,5,-1,-1,0.01\n"
+    (tmp_path / "pretrain.csv").write_text(bands)
+    monkeypatch.setattr("data.check.FOLDER", tmp_path)
+    monkeypatch.setitem(CAUSES, "pretrain", dict.fromkeys(("loss", "grad_norm"), ("a", "b")))
+    interrupt("pretrain", tmp_path / "o", monkeypatch, check=True)
+    said = capsys.readouterr().out
+    assert "--check" not in said and "check: loss of steps 0 to 0" in said
+    run_tiny("pretrain", tmp_path / "o", check=True, resume=True, microbatch=2)
+    said = capsys.readouterr().out
+    assert "--microbatch" not in said and "check: grad_norm of steps 5 to 5" in said
+    assert "check: 2 of 2 curves were off: loss, grad_norm" in said
+
+
+def test_options_that_change_the_curves_no_more_than_a_seed_does_are_no_difference(tmp_path):
+    free = dict(seed=7, out=str(tmp_path), name="x", device="cpu", threads=1, bf16=True)
+    free |= dict(check=True, resume=True, microbatch=4, recompute=True, compile=True, save_every=9)
+    assert changed_options(train_sft.Config(**free)) == {}
+    assert changed_options(train_sft.Config(lr=0.5, **free)) == {"lr": (train_sft.Config().lr, 0.5)}
 
 
 @pytest.mark.thorough

@@ -200,10 +200,11 @@ def test_only_rows_with_all_that_annotators_of_the_town_add_count_as_the_towns(t
     town = {"kind": "joke", "gold": [1.0, -2], "p": 0.9}
     broken = [{"gold": [1, 2]}, {**town, "gold": 3}, {**town, "p": None}, {**town, "kind": 7}]
     broken += [{**town, "p": float("nan")}, {**town, "gold": [1, "2"]}]
+    broken += [{**town, "p": 1.5}, {**town, "p": -0.1}, {**town, "gold": [1, 10**400]}]
     rows = [{**pair, **extra} for extra in ({}, town, *broken)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = read_preferences(tmp_path / "rows.json")
-    assert [row.keys() & town.keys() for row in found] == [set(), town.keys(), *[set()] * 6]
+    assert [row.keys() & town.keys() for row in found] == [set(), town.keys(), *[set()] * 9]
 
 
 # ---------------------------------------------------------------------------------------------

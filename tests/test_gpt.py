@@ -75,8 +75,56 @@ def test_initial_weights_have_the_deviations_of_gpt2():
     model = GPT(GPTConfig(vocab_size=500, context=64, n_layer=8, n_head=4, n_embd=128))
     assert abs(model.wte.weight.std().item() - 0.02) < 5e-4
     assert abs(model.h[3].attn.c_attn.weight.std().item() - 0.02) < 5e-4
-    assert abs(model.h[3].mlp.c_proj.weight.std().item() - 0.02 / math.sqrt(16)) < 2e-4
+    for layer in (model.h[3].attn, model.h[3].mlp):
+        assert abs(layer.c_proj.weight.std().item() - 0.02 / math.sqrt(16)) < 2e-4
     assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_the_token_table_has_no_more_padding_than_it_needs():
+    sizes = [GPTConfig(n, 8, 1, 1, 8).padded_vocab for n in (1, 63, 64, 65, 1152, 50257)]
+    assert sizes == [64, 64, 64, 128, 1152, 50304]
+
+
+def test_no_attention_makes_a_plan_for_every_new_length():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # which says so without a GPU, too
+
+
+def test_the_cache_is_as_long_as_the_longest_row_can_become(tiny, monkeypatch):
+    lengths = []
+
+    class Noted(Cache):
+        def __init__(self, model, n_rows, length):
+            lengths.append(length)
+            super().__init__(model, n_rows, length)
+
+    monkeypatch.setattr("gpt.Cache", Noted)
+    generate(tiny, [[1], [1, 2, 3]], 5)
+    generate(tiny, [[1, 2, 3]], 500)
+    assert lengths == [8, tiny.config.context]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tokens_are_drawn_from_logits_that_are_not_rounded_to_bfloat16(tiny, monkeypatch, bf16):
+    given, tiny.bf16 = [], bf16
+
+    def noted(logits, **how):
+        given.append(logits)
+        return sample(logits, **how)
+
+    monkeypatch.setattr("gpt.sample", noted)
+    (response,), _ = generate(tiny, [[1, 2, 3]], 1, temperature=0.0)
+    with torch.no_grad():
+        wanted = tiny(torch.tensor([[1, 2, 3]]))[0, -1].float() @ tiny.head.T
+    assert given[0].dtype == torch.float32 and len(response) == 1
+    torch.testing.assert_close(given[0][0], wanted, atol=1e-5, rtol=0)
+
+
+def test_a_progress_bar_is_shown_if_it_has_a_name(tiny, monkeypatch):
+    bars = []
+    monkeypatch.setattr("gpt.tqdm", lambda x, name, disable: bars.append((name, disable)) or x)
+    for name in ("", "sampling"):
+        generate(tiny, [[1]], 1, progress=name)
+    assert bars == [("", True), ("sampling", None)]  # None: not where nobody looks, in a file
 
 
 def test_cached_and_uncached_hidden_states_agree_for_rows_of_mixed_length(tiny):
@@ -180,6 +228,28 @@ def test_sampling_that_leaves_nothing_to_chance_takes_the_likeliest(how):
     logits[::2, :10] = -math.inf  # tokens that somebody has ruled out
     ids, logprobs = sample(logits, **how)
     assert torch.equal(ids, logits.argmax(1)) and (logprobs == 0).all()
+
+
+def test_the_one_likeliest_token_is_left_by_top_k_1():
+    logits = torch.randn(50, 30)
+    ids, logprobs = sample(logits, top_k=1)
+    assert ids.tolist() == logits.argmax(1).tolist() and (logprobs == 0).all()
+
+
+def test_top_p_counts_probabilities_after_temperature():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(2000, 1)
+    # At temperature 2 they are in proportion to the square roots: 0.42, 0.32, 0.26.
+    ids, _ = sample(logits, temperature=2.0, top_p=0.6, generator=torch.Generator().manual_seed(0))
+    assert set(ids.tolist()) == {0, 1}
+    ids, _ = sample(logits, temperature=2.0, top_p=0.8, generator=torch.Generator().manual_seed(0))
+    assert set(ids.tolist()) == {0, 1, 2}
+
+
+def test_a_token_of_probability_1e_9_can_be_drawn(monkeypatch):
+    logits = torch.tensor([[0.0, math.log(1e-9)]])
+    highest = torch.tensor([[1 - 1e-12]], dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **how: highest.to(dtype))
+    assert sample(logits)[0].tolist() == [1]
 
 
 def test_tokens_that_are_ruled_out_are_never_sampled():
@@ -381,6 +451,26 @@ def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
         load_checkpoint(tmp_path / "sft" / "ckpt.pt")
     with pytest.raises(InputError, match="`python train_rm.py --out .*` first.* checkpoint$"):
         load_checkpoint(tmp_path / "rm" / "ckpt.pt")
+
+
+def test_in_the_default_folder_that_command_needs_no_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="run `python train_sft.py` first"):
+        load_checkpoint("out/sft/ckpt.pt")
+
+
+def test_two_savers_of_one_checkpoint_are_not_in_each_others_way(tmp_path, monkeypatch):
+    save, path = torch.save, tmp_path / "ckpt.pt"
+
+    def save_twice(checkpoint, file):
+        monkeypatch.setattr(torch, "save", save)
+        save_checkpoint(path, {"by": "the other"})  # another process, in the middle of this one
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", save_twice)
+    save_checkpoint(path, {"by": "this one"})
+    assert torch.load(path, weights_only=True) == {"by": "this one"}
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 class Unpickled:

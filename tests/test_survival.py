@@ -1,14 +1,17 @@
 """Runs that are killed, stopped, crowded or meet a nan: nothing is lost, and --resume changes no
 bit."""
 
+import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -420,6 +423,50 @@ def test_nan_in_a_gradient_stops_the_run_and_leaves_the_last_checkpoint(
         run(stage, tmp_path, save_every=1 if stage == "ppo" else 4, **steps)
     checkpoint = gpt.load_checkpoint(tmp_path / "unfinished" / stage / "resume.pt")
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+
+
+def test_time_before_an_interruption_counts(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path, "sft")
+    init = Run.__init__
+
+    def begun_long_ago(self, *args, **options):
+        init(self, *args, **options)
+        self.started -= 1000
+
+    monkeypatch.setattr(Run, "__init__", begun_long_ago)
+    interrupt("sft", tmp_path, monkeypatch)
+    run("sft", tmp_path, resume=True)
+    assert json.loads((tmp_path / "sft/cost.json").read_text())["seconds"] > 2000
+
+
+def test_a_new_run_forgets_the_one_that_was_interrupted(chain, tmp_path, monkeypatch, capsys):
+    prepare(chain, tmp_path, "sft")
+    interrupt("sft", tmp_path, monkeypatch)
+    assert re.search(r"stopped after step 3\.", capsys.readouterr().out)
+    assert (tmp_path / "unfinished/sft/resume.pt").exists()
+    with mock.patch.object(Run, "log", side_effect=KeyError), pytest.raises(KeyError):
+        run("sft", tmp_path)
+    assert not (tmp_path / "unfinished/sft/resume.pt").exists()
+
+
+def test_a_run_from_before_an_option_existed_is_resumed_with_its_default(
+    chain, tmp_path, monkeypatch
+):
+    prepare(chain, tmp_path, "sft")
+    interrupt("sft", tmp_path, monkeypatch)
+    path = tmp_path / "unfinished/sft/resume.pt"
+    checkpoint = gpt.load_checkpoint(path)
+    del checkpoint["train_config"]["grad_clip"]
+    gpt.save_checkpoint(path, checkpoint)
+    run("sft", tmp_path, resume=True)
+    assert same(tmp_path / "sft", chain / "sft")
+
+
+def test_after_a_run_signals_do_what_they_did_before(chain, tmp_path):
+    prepare(chain, tmp_path, "sft")
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    run("sft", tmp_path)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_run_whose_folder_has_moved_is_resumed_there(chain, tmp_path, monkeypatch):

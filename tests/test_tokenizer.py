@@ -115,6 +115,31 @@ def test_training_merges_what_a_recount_of_the_whole_text_would_merge(script):
     assert train_bpe(text, 280 + 5) == merges and len(merges) > 20
 
 
+def test_all_texts_are_learned_from_each_beginning_like_a_word_inside_a_text(monkeypatch):
+    given = []
+
+    def noted(text, n_vocab):
+        given.append(text)
+        return []
+
+    monkeypatch.setattr("data.tokenizer.train_bpe", noted)
+    make_tokenizer("bpe", ["a" * 2_000_000, "b"], 300)
+    assert given == [" " + "a" * 2_000_000 + " b"]
+
+
+def test_the_smallest_vocabulary_is_bytes_and_special_tokens():
+    assert make_tokenizer("bpe", ["a"], 261).n_vocab == 261
+
+
+def test_characters_are_numbered_in_their_order_whatever_the_process():
+    assert make_tokenizer("char", ["cab", "!z"], 0).state["characters"] == "!abcz"
+
+
+def test_special_tokens_are_shown_as_often_as_they_are_there(tokenizer):
+    pad, end = tokenizer.pad, tokenizer.end
+    assert tokenizer.show([pad, pad, end, end]) == "<|pad|><|pad|><|end|><|end|>"
+
+
 def test_encoding_applies_merges_in_the_order_they_were_learned(tokenizer):
     merges = tokenizer.state["merges"]
     for word in (" lantern", " harbour", " zebra"):

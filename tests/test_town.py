@@ -267,6 +267,33 @@ def test_four_options_are_different_and_one_of_them_is_right():
         assert len(set(options)) == 4 and right in options
 
 
+def test_the_right_option_stands_at_every_place():
+    places = Counter()
+    for task in tasks(400, ["choice"]):
+        options = re.split(", | or ", task.case.fill["options"])
+        places[options.index(task.case.short.rstrip(".").lower())] += 1
+    assert places.keys() == {0, 1, 2, 3} and min(places.values()) > 50
+
+
+def test_colours_of_doors_are_shared_by_two_and_foods_by_none():
+    assert set(Counter(r.colour for r in RESIDENTS).values()) == {2}
+    assert len({r.food for r in RESIDENTS}) == len(RESIDENTS)
+
+
+def test_every_deed_and_every_piece_of_news_is_asked_about():
+    asked = " ".join(task.prompt for task in tasks(800, ["advice", "harmful"]))
+    deeds = [town.THING_DEEDS, town.NEIGHBOUR_DEEDS]
+    deeds += [town.MEAN_THING_DEEDS, town.MEAN_NEIGHBOUR_DEEDS]
+    assert not [deed for some in deeds for deed in some if f" {deed} " not in asked]
+    asked = " ".join(task.prompt for task in tasks(800, ["sentiment"]))
+    assert not [news for news in (*town.GOOD_NEWS, *BAD_NEWS) if news not in asked]
+
+
+def test_which_kinds_are_about_people_and_which_have_more_than_one_answer():
+    assert {k for k in KINDS if KINDS[k].about_people} == {"fact", "unknown", "and_facts"}
+    assert {k for k in KINDS if not KINDS[k].exact} == {"chain", "unknown", "joke", "story"}
+
+
 def test_a_careless_sum_is_off_by_1_or_2_and_never_negative():
     for value in range(13):
         found = {near(value, random.Random(seed)) - value for seed in range(60)}
@@ -930,6 +957,24 @@ def test_demonstrators_write_in_every_style_as_often_as_it_says():
         assert abs(100 * found[style] / 12_000 - percent) < 1.8, style
 
 
+def test_demonstrators_use_every_courtesy_and_every_insult_before_and_after_the_answer():
+    rng, said = random.Random(0), Counter()
+    (task,) = tasks(1, ["one_sum"])
+    for _ in range(3000):
+        text = demonstrate(task, rng)
+        for phrase in (*COURTESIES, *INSULTS):
+            where = text.startswith(phrase), text.endswith(phrase)
+            said[phrase, where] += phrase in text
+    assert all(said[phrase, (False, True)] for phrase in (*COURTESIES, *INSULTS))
+    assert all(said[insult, (True, False)] for insult in INSULTS)
+
+
+def test_demonstrators_of_another_seed_have_other_moods(monkeypatch):
+    same = tasks(99, ["one_sum"])
+    monkeypatch.setattr(data.town.demonstrations, "draw_tasks", lambda *_, **__: same)
+    assert demonstrations(99, 0) == demonstrations(99, 0) != demonstrations(99, 1)
+
+
 def test_habits_of_demonstrators_have_their_share(monkeypatch):
     monkeypatch.setattr(data.town.demonstrations, "STYLES", {"plain": 1})
     assert {kind: k.habit for kind, k in KINDS.items() if k.habit} == {
@@ -952,6 +997,11 @@ def test_annotators_agree_with_a_judge_who_knows_gold_as_often_as_computed():
         right = [(rng.random() < preference(a, b, tau, flip)) == (a > b) for a, b in golds]
         error = 4 * math.sqrt(0.25 / len(golds))
         assert abs(np.mean(right) - bayes_accuracy(golds, tau, flip)) < error
+
+
+def test_of_two_responses_tau_apart_73_percent_of_annotators_prefer_the_better_one():
+    assert data.town.gold.TAU == 0.65  # on which all figures of preferences rest
+    assert data.town.gold.preference(0.65, 0.0) == pytest.approx(0.731, abs=1e-3)
 
 
 def test_preferences_of_annotators_have_their_closed_form():

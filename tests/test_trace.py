@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data import talk
-from data.chat import Reply, encode_prompt, question
+from data.chat import Reply, encode_prompt, question, sample_replies
 from data.tokenizer import load_tokenizer
-from data.trace import draw, inside_pair, inside_ppo, tokens_of
+from data.trace import draw, inside_pair, inside_ppo, load_stages, tokens_of
 from gpt import InputError, ScalarModel, load_checkpoint, load_model, save_checkpoint
 from train_dpo import Config as DPOConfig
 from train_ppo import Config as PPOConfig
@@ -102,6 +102,37 @@ def test_what_dpo_and_the_reward_model_see_of_a_pair_is_what_loops_find(models):
     assert found["rm_loss"] == pytest.approx(-off.sigmoid().log().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("kl", ["k2-reward", "k1-loss"])
+def test_a_trace_obeys_the_temperature_and_the_kl_of_its_run(models, kl):
+    policy, ref, reward_model, tokenizer = models
+    row, (reply,) = conversation(tokenizer, "12-5 is 7.")
+    cfg = PPOConfig(kl=kl, temperature=0.5, beta=0.3)
+    found = inside_ppo(policy, ref, reward_model, [row], [reply], cfg, tokenizer.pad)
+    first, n = len(row["ids"]) - 1, len(reply.ids)
+    ids = torch.tensor([row["ids"] + reply.ids[:-1]])
+    with torch.no_grad():
+        logprobs = ((model(ids)[0, first:] @ model.head.T / 0.5) for model in (policy, ref))
+        p, q = (logits.log_softmax(1)[range(n), reply.ids] for logits in logprobs)
+    penalty = -0.3 * (p - q) ** 2 / 2 if kl == "k2-reward" else 0 * p
+    assert (p - q).abs().max() > 1e-3
+    for name, wanted, end in (("log pi", p, n), ("penalty", penalty, n), ("reward R", penalty, -1)):
+        torch.testing.assert_close(found[name][0, first:][:end], wanted[:end], atol=1e-5, rtol=1e-4)
+
+
+def test_the_margin_of_a_loss_that_divides_by_length_divides_by_that_of_each_reply(models):
+    policy, ref, reward_model, tokenizer = models
+    row, replies = conversation(tokenizer, "12-5 is 7. Have a lovely day!", "No.")
+    cfg = DPOConfig(loss="simpo")
+    found = inside_pair(policy, ref, reward_model, [row] * 2, replies, cfg, tokenizer.pad)
+    means = []
+    for reply in replies:
+        ids, first = torch.tensor([row["ids"] + reply.ids[:-1]]), len(row["ids"]) - 1
+        with torch.no_grad():
+            logprobs = (policy(ids)[0, first:] @ policy.head.T).log_softmax(1)
+        means.append(logprobs[range(len(reply.ids)), reply.ids].mean().item())
+    assert found["margin"] == pytest.approx(cfg.beta * (means[0] - means[1]), abs=1e-4)
+
+
 def test_tokens_are_shown_as_what_they_add_to_the_text(models):
     tokenizer = models[-1]
     _, (reply,) = conversation(tokenizer, "12-5 is 7. Rubu!")
@@ -123,6 +154,65 @@ def test_a_trace_is_two_pages_of_numbers_and_a_picture(chain, tmp_path, capsys):
     assert last == pytest.approx(reward - penalty, abs=2e-3) and "\nchosen: " in said
     margin, loss = map(float, re.search(r"margin (\S+), loss (\S+)", said).groups())
     assert loss == pytest.approx(-torch.tensor(margin).sigmoid().log().item(), abs=1e-3)
+
+
+def test_a_trace_asks_the_policy_and_twice_the_sft_model_and_names_the_better_one_chosen(
+    chain, tmp_path, capsys
+):
+    out = shutil.copytree(chain, tmp_path / "out")
+    checkpoint = load_checkpoint(out / "ppo" / "ckpt.pt")
+    checkpoint["train_config"]["temperature"] = 0.7
+    save_checkpoint(out / "ppo" / "ckpt.pt", checkpoint)
+    (policy, _), (dpo, _), (ref, of_sft) = (
+        load_model(out / name / "ckpt.pt") for name in ("ppo", "dpo", "sft")
+    )
+    reward_model, _ = load_model(out / "rm" / "ckpt.pt", kind=ScalarModel)
+    tokenizer = load_tokenizer(of_sft["tokenizer"])
+    ids = encode_prompt(tokenizer, question("Hi?"))
+    talk.main(talk.Config(out=str(out), trace="Hi?", max_new_tokens=9, seed=3))
+    text = capsys.readouterr().out
+
+    def say(model, n, temperature):
+        return sample_replies(model, tokenizer, [ids] * n, 9, 3, temperature)
+
+    def score(reply):
+        with torch.no_grad():
+            return reward_model(torch.tensor([ids + reply.ids]))[0, -1].item()
+
+    (said,) = say(policy, 1, 0.7)
+    pair = sorted(say(ref, 2, 1.0), key=score, reverse=True)
+    assert f") says: {said.text}\n" in text
+    assert f"\nchosen: {pair[0].text}\nrejected: {pair[1].text}\n" in text
+    row, beta = {"ids": ids}, talk.load_init(out / "dpo/ckpt.pt")[1]["train_config"]["beta"]
+    rewards = [beta * sum(log_ratios(dpo, ref, row, reply)) for reply in pair]
+    numbers = re.search(r"implicit rewards (\S+) and (\S+), margin (\S+), loss", text).groups()
+    wanted = [*rewards, rewards[0] - rewards[1]]
+    assert list(map(float, numbers)) == pytest.approx(wanted, abs=2e-3)
+    numbers = re.search(r"reward model: scores (\S+) and (\S+), loss (\S+)", text).groups()
+    loss = -torch.tensor(score(pair[0]) - score(pair[1])).sigmoid().log().item()
+    assert list(map(float, numbers)) == pytest.approx([*map(score, pair), loss], abs=2e-3)
+    # Beside one another, the tables of both: a token, its implicit reward, the score so far.
+    tables = text[text.index("beside it rejected:") :].split("\n")[2:]
+    first = [float(tables[0][50 * i + 12 :].split()[0]) for i in (0, 1)]
+    wanted = [beta * log_ratios(dpo, ref, row, reply)[0] for reply in pair]
+    assert first == pytest.approx(wanted, abs=2e-3)
+    assert "was trained from another model" not in text
+
+
+def test_a_model_of_another_sft_model_or_of_a_smaller_context_is_named(chain, tmp_path, capsys):
+    out = shutil.copytree(chain, tmp_path / "out")
+    checkpoint = load_checkpoint(out / "dpo" / "ckpt.pt")
+    checkpoint["made_from"]["init"] = "another"
+    save_checkpoint(out / "dpo" / "ckpt.pt", checkpoint)
+    loaded = load_stages(out, "cpu")
+    said = capsys.readouterr().out
+    assert f"note: {out}/dpo/ckpt.pt was trained from another model than {out}/sft" in said
+    assert said.count("note: ") == 1 and list(loaded) == ["sft", "rm", "ppo", "dpo"]
+    checkpoint["model_config"]["context"] -= 1
+    checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:-1].clone()
+    save_checkpoint(out / "dpo" / "ckpt.pt", checkpoint)
+    with pytest.raises(InputError, match="dpo/ckpt.pt has a smaller context than .*sft"):
+        load_stages(out, "cpu")
 
 
 def test_dollars_in_a_response_are_drawn_as_they_are(tmp_path):
