@@ -31,6 +31,25 @@ NEVER = "no response scores above 0: is none ev"
 UNMOVED = "weight matrices of the model, such as "
 
 
+def test_ppo_is_told_after_two_iterations_and_other_stages_after_three_steps(
+    chain, tmp_path, monkeypatch
+):
+    patience = {}
+
+    class Noted(Watch):
+        def __init__(self, models, patience):
+            patiences.append(patience)
+            super().__init__(models, patience)
+
+    monkeypatch.setattr("data.run.Watch", Noted)
+    prepare(chain, tmp_path)
+    for stage in ("sft", "ppo"):
+        patiences = []
+        run(stage, tmp_path)
+        patience[stage] = patiences
+    assert patience == {"sft": [3], "ppo": [2]}
+
+
 def test_a_kl_of_24_nats_is_no_alarm_and_one_of_26_is():
     rings = [any(alarm.sign({"kl_full": kl}) for alarm in ALARMS) for kl in (24.0, 26.0)]
     assert rings == [False, True]

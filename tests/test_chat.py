@@ -125,6 +125,27 @@ def test_a_line_that_is_too_long_is_not_answered_and_makes_nobody_forget(monkeyp
     assert "that is 24 tokens, and the context of sft has 24" in said and "forgotten" not in said
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_prompt_and_compare_answer_with_their_seed(chain, capsys, seed):
+    speaker = talk.Speaker(chain / "sft" / "ckpt.pt")
+    for how in ({"prompt": "Hi"}, {"compare": True}, {"prompt": "Hi", "compare": True}):
+        asked = [how["prompt"]] if "prompt" in how else talk.SHOWN
+        talk.main(talk.Config(out=str(chain), temperature=1.5, seed=seed, device="cpu", **how))
+        said = capsys.readouterr().out
+        if "compare" not in how:
+            continue  # by the newest model, whichever that is
+        for text in asked:
+            (reply,) = speaker.answer([talk.question(text)], 48, seed, temperature=1.5)
+            assert f"sft       {reply.text}" in said
+
+
+def test_the_only_model_answers_a_prompt_with_its_seed(chain, capsys):
+    path = chain / "sft" / "ckpt.pt"
+    (reply,) = talk.Speaker(path).answer([talk.question("Hi")], 48, 5, temperature=1.5)
+    talk.main(talk.Config(ckpt=str(path), prompt="Hi", temperature=1.5, seed=5, device="cpu"))
+    assert capsys.readouterr().out.startswith(reply.text)
+
+
 def test_a_base_model_takes_every_line_alone(monkeypatch, capsys):
     assert talk_to(Memory(is_base=True), monkeypatch, "AB", "CD") == [["AB"], ["CD"]]
     assert "It goes on with every line alone" in capsys.readouterr().out

@@ -6,13 +6,14 @@ import http.server
 import json
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
 
 import data.download
 import data.gpt2
-from data.download import SOURCES, File, fetch, get
+from data.download import SOURCES, File, NoteHash, fetch, get
 from data.files import read_conversations, read_preferences, read_prompts, read_text, read_texts
 from gpt import InputError
 
@@ -83,6 +84,36 @@ def test_whole_file_gets_its_name_and_is_not_fetched_again(server, tmp_path):
 def test_redirection_is_followed(server, tmp_path):
     fetch(File(f"{server}/moved", HASH), tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_gits_own_hash_of_a_small_file_is_no_sha256():
+    note, request = NoteHash(), urllib.request.Request("http://a/b")
+    for tag, noted in (("abc", ""), (HASH, HASH)):
+        headers = {"X-Linked-ETag": f'"{tag}"'}
+        note.redirect_request(request, None, 302, "", headers, "http://a/c")
+        assert note.sha256 == noted
+
+
+def test_a_first_part_has_no_hash_to_be_checked(server, tmp_path):
+    fetch(File(f"{server}/tagged"), tmp_path / "file", megabytes=0.2)
+    assert (tmp_path / "file").read_bytes() == CONTENT[:200_000]
+
+
+def test_megabytes_are_of_the_largest_file_that_the_source_has(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch_nothing(file, path, megabytes):
+        asked.append((file.url, megabytes))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(shard([1]) if path.suffix == ".bin" else b"a")
+
+    monkeypatch.setattr(data.download, "fetch", fetch_nothing)
+    get("tinystories", tmp_path, 50)
+    assert asked == [(data.download.ALL_STORIES.url, 50)]
+    for megabytes, shards in ((10, 1), (500, 2), (10**6, 103)):
+        asked.clear()
+        get("fineweb", tmp_path, megabytes)
+        assert len(asked) == 1 + shards and "val_000000" in asked[0][0]
 
 
 def test_hash_that_the_server_names_is_checked(server, tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_runs import run
 
 import train_pretrain
 from data.files import read_tokens, token_dtype, write_tokens
@@ -129,6 +130,34 @@ def test_last_tenth_of_the_documents_or_of_the_only_one_is_for_validation(tmp_pa
     path.write_text("<|endoftext|>".join(documents))
     assert read_documents(cfg) == (documents[1:18], documents[18:])
     assert capsys.readouterr().out == ("left out 1 of 18 training rows: equal to held-out ones\n")
+
+
+def write_documents(path, *texts):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return dict(data=str(path), tokenizer="char")
+
+
+def test_a_text_of_just_one_row_is_trained_on_and_one_of_less_is_refused(tmp_path, monkeypatch):
+    text = "abcdefgh" * 12  # and an end-of-text before it: 97 tokens, one row of 96 and its next
+    for n_train, n_val in ((96, 96), (95, 96), (96, 95)):
+        options = write_documents(tmp_path / "texts.jsonl", text[:n_train], text[::-1][:n_val])
+        if n_train == n_val:
+            run("pretrain", tmp_path, **options)
+            continue
+        message = f"texts.jsonl: {n_train + 1} training and {n_val + 1} validation tokens are too"
+        with pytest.raises(InputError, match=message):
+            run("pretrain", tmp_path, **options)
+
+
+def test_characters_of_validation_text_alone_can_be_read_too(tmp_path):
+    options = write_documents(tmp_path / "texts.jsonl", "abc " * 40, "xyz " * 40)
+    assert run("pretrain", tmp_path, **options)["val_loss"] > 0
+
+
+def test_pretraining_goes_on_from_weights_with_as_long_a_context(chain, tmp_path):
+    run("pretrain", tmp_path, init=str(chain / "pretrain" / "ckpt.pt"))
+    with pytest.raises(InputError, match="--context 97: .*ckpt.pt has 96"):
+        run("pretrain", tmp_path, init=str(chain / "pretrain" / "ckpt.pt"), context=97)
 
 
 def test_json_lines_are_read_as_documents_and_not_as_text(tmp_path):

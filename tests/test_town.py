@@ -59,7 +59,7 @@ from data.town.tasks import (
     task_rows,
 )
 from data.town.words import BAD_NEWS, COURTESIES, INSULTS, RESIDENTS
-from gpt import InputError
+from gpt import InputError, fingerprint
 
 SUM = Task("one_sum", "What is 12-5?", Case("12-5 is 7.", "12-5 is 8.", {"sum": "12-5"}, "7."))
 NEW = ["", "frame", "rare frame", "core", "cell"]  # what `draw` can make new about a task
@@ -265,6 +265,16 @@ def test_four_options_are_different_and_one_of_them_is_right():
         options = re.split(", | or ", task.case.fill["options"])
         right = task.case.answer.removeprefix("The answer is ").removesuffix(".")
         assert len(set(options)) == 4 and right in options
+
+
+def test_the_town_is_the_one_that_figures_and_bands_come_from():
+    """Whoever changes it runs the experiments again, and writes the new numbers here."""
+    if fingerprint([r.name + r.food + r.colour for r in RESIDENTS]) != "58161f724e303a32":
+        pytest.skip("another town, from tests/course.py --seed")
+    drawn = [[t.messages, t.case.answer, t.case.wrong] for t in draw_tasks(3000, 0)]
+    kinds = [draw(kind, random.Random(0)).messages for kind in KINDS]
+    made = fingerprint(documents(3000, 0), demonstrations(1000, 0), drawn, kinds)
+    assert made == "6e90c1eefaa9fd90"
 
 
 def test_the_right_option_stands_at_every_place():
