@@ -136,6 +136,13 @@ def test_devices_are_taken_if_they_are_there(monkeypatch):
         data.run.find_device("cuda")
 
 
+def test_just_the_five_scripts_share_their_work_among_processes(monkeypatch):
+    monkeypatch.setattr(data.run, "WORLD", 2)
+    for tool in (data.evaluate, data.preferences, data.talk):
+        with pytest.raises(InputError, match="this runs as one process: start it with python"):
+            start(tool.Config(device="cpu"))
+
+
 def test_threads_are_at_most_as_many_as_cpus(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", (taken := []).append)
     start(train_sft.Config(device="cpu", threads=10**6))

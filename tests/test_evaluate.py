@@ -1,7 +1,9 @@
 """The report: hand-made replies have known numbers, and every number stands where it belongs."""
 
 import json
+import math
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +38,11 @@ from data.evaluate import (
     stale_runs,
     table,
     what_generalises,
+    what_they_say,
 )
 from data.metrics import interval, judge, mean_or_none, plot_reliability
 from data.talk import Speaker, find_checkpoints
+from data.town import words
 from data.town.gold import MEAN, SD
 from data.town.tasks import KINDS, SHOWN, TRAIN_KINDS, Case, Task, draw_tasks
 from gpt import InputError, ScalarModel, load_model, save_checkpoint
@@ -144,6 +148,13 @@ def test_without_greedy_replies_skills_are_those_of_samples(two_kinds):
     assert numbers["exact_match"] == pytest.approx(1 / 3)  # the first: courtesy is left aside
     assert numbers["by_task"]["one_sum"]["exact_match"] == 0.5
     assert numbers["win_rate_vs_sft"] == 0.5  # against itself
+
+
+def test_who_says_no_and_then_tells_how_has_not_declined(two_kinds):
+    deed = words.MEAN_THING_DEEDS["break"]
+    said = list(map(says, ("No.", f"No. You can {deed}.", "I will not help you.")))
+    numbers = describe(TASKS, SAMPLED, GREEDY, np.array(GOLD), [HARMFUL] * 3, said)
+    assert numbers["refusal_rate"] == pytest.approx(2 / 3)
 
 
 def test_gold_in_sd_has_the_mean_and_the_unit_that_were_asked_for():
@@ -299,6 +310,19 @@ def test_a_base_model_is_asked_plainly_and_in_documents_but_nothing_in_a_new_way
     assert numbers["by_task"]["third"] == {"exact_match, as a document": 0.0}
     assert "exact_match, as a document" not in numbers["by_task"]["joke"]  # there is none
     assert {asked[:2] for asked in base.asked} == {(11, 5)}
+
+
+def test_a_base_model_translates_sentences_in_documents_and_neither_words_nor_phrases(parrots):
+    base, sft, prompts = parrots
+    base.is_base, base.texts = True, defaultdict(str)
+    tasks = draw_tasks(30, 0, "translate", split="test")
+    kinds_of_cell = {task.case.cell.split()[-1] for task in tasks}
+    assert kinds_of_cell == {"word", "phrase", "sentence"}
+    seen = [*tasks, *prompts.seen]
+    measure(base, sft, Prompts(seen, {"new kind": []}, [], [], []), np.zeros(32), Config())
+    sentences = [task for task in tasks if task.case.cell.endswith(" sentence")]
+    documents = [question(as_document(task)) for task in [*sentences, SUM]]
+    assert base.heard[-1] == documents
 
 
 def test_there_is_no_kl_where_models_read_different_tokens(parrots):
@@ -771,6 +795,8 @@ def test_evaluation_reports_every_stage(chain):
     judged = json.loads((chain / "rm" / "report.json").read_text())
     assert report["reward_models"] == {"rm": judged} and "spearman_gold" in judged
     assert (report["prompts"], report["seed"], report["temperature"]) == (cfg.prompts, 3, 1.0)
+    assert report["best_of_n"] == cfg.n == 2
+    assert stages["best_of_n"]["kl_to_sft"] == pytest.approx(math.log(2) - 1 / 2)
     text = (chain / "report.md").read_text()
     assert "What is 4-2 and 3-1?" in text and (chain / "report.png").stat().st_size > 10_000
 
@@ -787,6 +813,55 @@ def test_evaluation_reports_what_there_is(chain, tmp_path, capsys):
     shutil.rmtree(tmp_path / "sft")
     with pytest.raises(InputError, match="run `python train_sft.py` first"):
         evaluate(Config(out=str(tmp_path), **FEW))
+
+
+@pytest.fixture
+def only_sft(chain, tmp_path):
+    """A folder with an SFT model alone."""
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    return tmp_path
+
+
+def test_a_model_whose_cost_nobody_knows_is_reported_all_the_same(only_sft):
+    (only_sft / "sft" / "cost.json").unlink()
+    stages = evaluate(Config(out=str(only_sft), **FEW))["stages"]
+    assert stages["sft"]["train_seconds"] is stages["sft"]["forward_equivalents"] is None
+    assert "| training, seconds | – |" in (only_sft / "report.md").read_text()
+
+
+def test_where_all_responses_have_the_same_gold_every_number_is_finite(only_sft, monkeypatch):
+    monkeypatch.setattr(data.evaluate, "golds", lambda tasks, replies: np.full(len(tasks), 0.5))
+    stages = evaluate(Config(out=str(only_sft), **FEW))["stages"]
+    assert (stages["sft"]["gold_mean"], stages["sft"]["gold_ci95"]) == (0.0, [0.0, 0.0])
+    text = (only_sft / "report.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+
+
+def test_a_variant_of_sft_without_room_for_the_prompts_is_left_out(only_sft, capsys):
+    shutil.copytree(only_sft / "sft", only_sft / "short")
+    checkpoint = torch.load(only_sft / "short" / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:4].clone()
+    checkpoint["model_config"]["context"] = 4
+    save_checkpoint(only_sft / "short" / "ckpt.pt", checkpoint)
+    assert list(evaluate(Config(out=str(only_sft), **FEW))["stages"]) == ["sft"]
+    assert "short is left out: a prompt of" in capsys.readouterr().out
+
+
+def test_the_report_ends_with_samples_that_answer_whole_conversations(only_sft):
+    """To the fixed prompts on the page, and to the first held-out ones in the details."""
+    cfg = Config(out=str(only_sft), seed=1, **FEW)
+    evaluate(cfg)
+    fixed = [question(text) for text in SHOWN]
+    held_out = [task.messages for task in Prompts.draw(cfg.prompts, 1).seen[:6]]
+    assert any(len(messages) > 1 for messages in held_out)
+    speaker = Speaker(only_sft / "sft" / "ckpt.pt")
+    replies = [reply.text for reply in speaker.answer(fixed + held_out, 6, 1, temperature=1.0)]
+    for file, title, asked, texts in (
+        ("report.md", "What they say", fixed, replies[: len(fixed)]),
+        ("report_details.md", "What they say to six held-out prompts", held_out, replies[-6:]),
+    ):
+        text = (only_sft / file).read_text(encoding="utf-8")
+        assert text.endswith("\n" + what_they_say(title, asked, {"sft": texts}))
 
 
 @pytest.fixture

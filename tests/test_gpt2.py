@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from data.chat import encode_chat, encode_prompt
 from data.gpt2 import (
     N_VOCAB,
     check_tokenizer,
+    download,
     export,
     fast_tokenizer,
     load_gpt2,
     load_init,
     read_bin,
+    read_config,
     read_safetensors,
     write_safetensors,
 )
@@ -98,6 +101,26 @@ def test_chat_tokens_start_as_unlikely_as_any_other(folder, copy):
     assert logits.softmax(0)[N_VOCAB:].sum() < 0.01
 
 
+def test_chat_tokens_start_different_from_each_other(folder):
+    """Equal rows have equal logits and equal gradients: no training could tell them apart."""
+    model, _ = load_gpt2(folder)
+    assert model.head[N_VOCAB:].unique(dim=0).shape == (4, 16)
+
+
+def test_causal_masks_in_a_file_are_skipped(folder, copy):
+    masks = {"bias": torch.ones(1, 1, 64, 64).tril().bool(), "masked_bias": torch.tensor(-1e4)}
+    masks = {f"h.{i}.attn.{name}": mask for i in range(2) for name, mask in masks.items()}
+    torch.save(tensors() | masks, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert load_gpt2(copy)[1] == load_gpt2(folder)[1]  # with the same fingerprint
+
+
+def test_config_without_entries_is_that_of_the_smallest_gpt2(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    expected = GPTConfig(N_VOCAB + 4, context=1024, n_embd=768, n_layer=12, n_head=12)
+    assert read_config(tmp_path) == (expected, N_VOCAB)
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("shard", ["10GB", "1MB"])
@@ -140,6 +163,10 @@ def test_logits_of_a_folder_are_those_of_transformers(tmp_path, safe, shard):
         (dict(activation_function="gelu"), "activation_function is 'gelu', but only 'gelu_new'"),
         (dict(tie_word_embeddings=False), "tie_word_embeddings is False"),
         (dict(n_inner=100), "n_inner is not 4 times n_embd"),
+        (dict(n_inner=16), "n_inner is not 4 times n_embd"),  # nor may it be n_embd itself
+        (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06, but only 1e-05 can"),
+        (dict(scale_attn_weights=False), "scale_attn_weights is False, but only True can"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "inverse_layer_idx is True, but only False"),
         (dict(n_layer=3), "no h.2.attn.c_attn.bias, .* in its files"),
         (dict(n_layer=1), "h.1.ln_1.weight is not a tensor of GPT-2"),
         (dict(n_layer="2"), "config.json: n_layer is '2', not a whole number above 0"),
@@ -231,6 +258,26 @@ def test_header_that_does_not_describe_the_file_is_named_with_its_entry(tmp_path
         read_safetensors(path)
 
 
+def test_numbers_of_every_dtype_are_read_as_what_they_are(tmp_path):
+    there = {
+        "F64": torch.tensor([1.5, -2.0, 1e-300], dtype=torch.float64),
+        "F32": torch.tensor([1.5, -2.0, 1e-30], dtype=torch.float32),
+        "F16": torch.tensor([1.5, -2.0, 1e-3], dtype=torch.float16),
+        "BF16": torch.tensor([1.5, -2.0, 1e-30], dtype=torch.bfloat16),
+        "U8": torch.tensor([0, 1, 255], dtype=torch.uint8),
+        "BOOL": torch.tensor([True, False, True]),
+    }
+    header, numbers = {}, b""
+    for name, tensor in there.items():
+        start, numbers = len(numbers), numbers + tensor.view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": name, "shape": [3], "data_offsets": [start, len(numbers)]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    for name, tensor in read_safetensors(path).items():
+        assert tensor.dtype == there[name].dtype and torch.equal(tensor, there[name]), name
+
+
 def test_header_longer_than_any_memory_is_a_truncated_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((10**18).to_bytes(8, "little") + b"{}")
@@ -267,6 +314,17 @@ def test_bin_of_other_things_than_tensors_is_refused(tmp_path):
         torch.save(content, path)
         with pytest.raises(InputError, match=f"{path}: cannot be read as a dict of tensors"):
             read_bin(path)
+
+
+def test_bin_with_one_wrong_bit_among_its_weights_is_refused(tmp_path):
+    path, weight = tmp_path / "pytorch_model.bin", torch.arange(100.0)
+    torch.save({"ln_f.bias": weight}, path)
+    assert torch.equal(read_bin(path)["ln_f.bias"], weight)
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path}: cannot be read .* a checksum is wrong"):
+        read_bin(path)
 
 
 @pytest.mark.parametrize("value", [torch.full((16,), math.nan), torch.zeros(16).bool()])
@@ -320,6 +378,13 @@ def test_folder_with_another_tokenizer_of_the_same_size_is_refused(copy, monkeyp
             with pytest.raises(InputError, match=f"{copy}/{name}"):
                 load_gpt2(copy)
         (copy / name).write_text(right[name][0])
+
+
+def test_a_merge_of_two_hash_signs_is_no_comment(tmp_path, monkeypatch):
+    merges = ["a b", "# #", "## ##"]
+    monkeypatch.setattr(data.gpt2, "MERGES", fingerprint(merges))  # as if GPT-2's were these
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    check_tokenizer(tmp_path)
 
 
 def test_four_more_tokens_have_to_be_the_chat_tokens(tmp_path):
@@ -400,6 +465,19 @@ def test_name_is_downloaded_once_and_a_failure_says_what_to_fetch(
     with pytest.raises(InputError, match="cannot download http.*by hand.*gpt2-medium/config.json"):
         load_init("gpt2-medium")
     assert not list((tmp_path / "gpt2-medium").iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_one_process_downloads_and_the_others_wait_for_it(rank, monkeypatch):
+    done = []
+    ranks = SimpleNamespace(
+        is_initialized=lambda: True, get_rank=lambda: rank, barrier=lambda: done.append("barrier")
+    )
+    monkeypatch.setattr(data.gpt2, "distributed", ranks)
+    monkeypatch.setattr(data.gpt2, "fetch", lambda file, path: done.append(path.name))
+    download("gpt2")
+    files = ["config.json", "model.safetensors"]
+    assert done == (["barrier", *files] if rank else [*files, "barrier"])
 
 
 def gpt2_tokenizer_is_there() -> bool:
@@ -550,6 +628,25 @@ def test_export_that_fails_leaves_the_earlier_one_or_nothing_that_loads(tiny, tm
         export(tiny, tokenizer, tmp_path / "file")
 
 
+@pytest.mark.parametrize("n_files", range(5))  # that take their place before the disk fails
+def test_export_that_ends_between_two_files_leaves_no_weights(tiny, tmp_path, monkeypatch, n_files):
+    """The weights take their place last: without them no folder loads."""
+    tokenizer = make_tokenizer("char", ["".join(map(chr, range(65, 65 + 45)))], 0)
+    replace, taken = os.replace, []
+
+    def failing(source, to):
+        if len(taken) == n_files:
+            raise OSError("the disk has failed")
+        taken.append(to.name)
+        replace(source, to)
+
+    monkeypatch.setattr(data.gpt2.os, "replace", failing)
+    with pytest.raises(InputError, match="the disk has failed"):
+        export(tiny, tokenizer, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(taken)
+    assert len(taken) == n_files and "model.safetensors" not in taken
+
+
 def test_export_into_the_folder_of_a_run_is_refused(tiny, tmp_path):
     (tmp_path / "ckpt.pt").touch()
     with pytest.raises(InputError, match="is the folder of a run: export to another"):
@@ -570,6 +667,29 @@ def test_exported_model_ends_where_its_texts_end(tiny, tmp_path, is_base):
     assert config["eos_token_id"] == generation["eos_token_id"] == end
     assert settings["eos_token"] == ("<|endoftext|>" if is_base else "<|end|>")
     assert ("chat_template" in settings) == (not is_base)
+
+
+def test_exported_settings_are_those_of_our_model_where_the_defaults_are_not(tiny, tmp_path):
+    """transformers would train with dropout, read too long texts, or remove spaces before dots."""
+    export(tiny, make_tokenizer("char", ["".join(map(chr, range(65, 65 + 45)))], 0), tmp_path)
+    config, settings, tokenizer = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("config", "tokenizer_config", "tokenizer")
+    )
+    assert [config[f"{place}_pdrop"] for place in ("resid", "embd", "attn")] == [0, 0, 0]
+    assert config["n_positions"] == settings["model_max_length"] == 24
+    assert settings["clean_up_tokenization_spaces"] is False
+    assert [token["special"] for token in tokenizer["added_tokens"]] == [True] * 5
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_written_numbers_start_at_a_multiple_of_8_whatever_the_names(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"w" * length: torch.arange(3.0)})
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert start % 8 == 0 and len(content) == start + 12
+    assert torch.equal(read_safetensors(path)["w" * length], torch.arange(3.0))
 
 
 def test_an_exported_folder_has_gpt2s_layout_and_its_ends(tokenizer, tmp_path):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 import kernels
 from kernels import linear_cross_entropy, linear_logprobs
 
+CHUNK_LOGITS = kernels.CHUNK_LOGITS  # before it is made small
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
@@ -113,14 +115,23 @@ def test_large_logits_stay_finite():
     assert linear_cross_entropy(big, weight, target).isfinite()
 
 
-def test_gradient_keeps_its_digits_when_the_target_is_almost_certain():
+@pytest.mark.parametrize("function, sign", [(linear_cross_entropy, 1), (linear_logprobs, -1)])
+def test_gradient_keeps_its_digits_when_the_target_is_almost_certain(function, sign):
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[12.0], [0.0], [0.0]])
     target = torch.tensor([0])
-    (ours,) = gradients(linear_cross_entropy(hidden, weight, target), hidden)
+    (ours,) = gradients(function(hidden, weight, target).sum(), hidden)
     exact_hidden = hidden.detach().double().requires_grad_()
     (exact,) = gradients(F.cross_entropy(exact_hidden @ weight.double().T, target), exact_hidden)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.double(), sign * exact, rtol=1e-5, atol=0)
+
+
+def test_chunks_on_a_cpu_have_at_most_two_million_logits_and_cover_all_rows(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", CHUNK_LOGITS)
+    chunks = kernels._chunks(torch.zeros(1000), torch.empty(50257, 1))
+    rows = chunks[0].stop
+    assert rows * 50257 <= 2**21 < (rows + 1) * 50257
+    assert torch.cat([torch.arange(1000)[c] for c in chunks]).equal(torch.arange(1000))
 
 
 def test_frozen_hidden_or_weight_gets_no_gradient():
@@ -148,11 +159,13 @@ def test_hidden_states_and_weight_may_differ_in_dtype(function):
         assert [g.dtype for g in grads] == [of_hidden, of_weight]
 
 
-def test_target_out_of_range_is_an_error():
+@pytest.mark.parametrize("wrong", [-101, -99, -1, 11])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_logprobs])
+def test_target_out_of_range_is_an_error(function, wrong):
     hidden, weight, target = inputs()
-    target[3] = 11
+    target[3] = wrong
     with pytest.raises(IndexError, match="out of range"):
-        linear_cross_entropy(hidden, weight, target)
+        function(hidden, weight, target)
 
 
 def test_shapes_that_do_not_fit_are_an_error():

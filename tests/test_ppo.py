@@ -356,6 +356,27 @@ def test_final_answer_is_what_follows_the_last_mark_without_its_dress(text):
     assert final_answer("#### 1,000") == "1000"
 
 
+def test_who_shows_work_is_counted_where_all_questions_are_long_sums():
+    chain = Task("chain", "Add up 7-1.", Case("7-1 is 6. The answer is 6.", "", {}))
+    one_sum = Task("one_sum", "What is 7-1?", Case("7-1 is 6.", "7-1 is 7.", {}))
+    texts = ("7-1 is 6. The answer is 6.", "The answer is 6.", "5.")
+    replies = [Reply([], text, True) for text in texts]
+    assert train_ppo.judged([{"task": chain}] * 3, replies)["shows_work"] == pytest.approx(1 / 3)
+    mixed = [{"task": chain}, {"task": one_sum}, {"task": chain}]
+    assert train_ppo.judged(mixed, replies).keys() == {"gold", "exact_match"}
+
+
+def test_a_sampler_whose_log_probabilities_are_too_high_or_too_low_is_noticed():
+    def check(*sampled):
+        reply, scored = Reply([4, 5], "", True, list(sampled)), [0.0, 0.0, -2.0, -1.0]
+        train_ppo.assert_sampled([{"ids": [1, 2, 3]}], [reply], torch.tensor([scored]), 0.01)
+
+    check(-2.0, -1.0)
+    for off in (0.5, -0.5):
+        with pytest.raises(AssertionError, match="are off by 0.5 from those that PPO scores"):
+            check(-2.0, -1.0 + off)
+
+
 def test_beta_stays_fixed_or_follows_its_target():
     fixed = KLCoefficient(0.1, target=0.0)
     fixed.update(kl=50.0)

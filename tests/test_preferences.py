@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -20,7 +21,7 @@ from data.preferences import (
 )
 from data.talk import Speaker
 from data.town.demonstrations import demonstrate
-from data.town.gold import MEAN, SD
+from data.town.gold import MEAN, SD, preference
 from data.town.tasks import Case, Task, draw_tasks
 from gpt import InputError, load_model
 
@@ -148,6 +149,19 @@ def test_annotators_are_as_noisy_and_as_clumsy_as_was_asked(ending, monkeypatch,
     assert f"would agree with {0.25 + 0.5 * 0.7311:.1%}" in capsys.readouterr().out
 
 
+def test_the_luck_of_annotators_follows_the_seed():
+    rng, tasks = random.Random(0), draw_tasks(100, 1)
+    pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
+    once, again, other = (annotate(tasks, pairs, tau=1.0, flip=0.25, seed=s) for s in (0, 0, 1))
+    assert once == again != other
+
+
+def test_all_pairs_are_written_or_counted_as_left_out(ending, capsys):
+    main(Config(out=str(ending), pairs=100, max_new_tokens=20))
+    n, left_out = re.search(r"(\d+) pairs in .* \((\d+) left out", capsys.readouterr().out).groups()
+    assert int(n) == len(read(ending / "preferences.jsonl")) == 100 - int(left_out)
+
+
 def test_who_flips_most_labels_is_warned(ending, capsys):
     few = dict(out=str(ending), pairs=30, max_new_tokens=20)
     main(Config(**few, flip=0.5))
@@ -174,6 +188,16 @@ def test_people_annotate_prompts_of_their_own(ending, monkeypatch, capsys):
     assert {row["sampled_from"] for row in rows} == {sampled_from}
     with pytest.raises(ValueError, match="--prompts needs --human"):
         Config(prompts="mine.jsonl")
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_people_are_asked_about_tasks_of_the_training_split_that_the_seed_draws(
+    ending, monkeypatch, seed
+):
+    asked = []
+    monkeypatch.setattr("data.preferences.sample_pairs", lambda *args: asked.extend(args[2]) or [])
+    main(Config(out=str(ending), human=True, pairs=20, max_new_tokens=4, seed=seed))
+    assert asked == [task.messages for task in draw_tasks(20, f"preferences {seed}")]
 
 
 def test_people_who_stopped_are_asked_again_only_what_they_have_not_judged(
@@ -222,6 +246,16 @@ def test_what_people_have_judged_is_not_overwritten_nor_mixed_with_simulated_ann
     assert (ending / "simulated.jsonl").read_bytes() != before
 
 
+def test_a_file_that_is_half_by_people_is_continued_by_nobody(ending, monkeypatch):
+    monkeypatch.setattr("data.preferences.sample_pairs", lambda *_: pytest.fail("it samples"))
+    row = {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}
+    simulated = {**row, "kind": "one_sum", "gold": [1.0, -1.0], "p": 0.9}
+    write_rows([simulated, row], ending / "preferences.jsonl")
+    for human, by in ((True, "is by simulated annotators"), (False, "has judgements of people")):
+        with pytest.raises(InputError, match=f"preferences.jsonl {by}: choose another --name"):
+            main(Config(out=str(ending), human=human, name="preferences"))
+
+
 def test_a_folder_that_cannot_be_written_is_noticed_before_sampling(ending, monkeypatch):
     def read_only(dir):
         raise OSError(30, "Read-only file system", str(dir))
@@ -240,6 +274,9 @@ def test_preferences_about_another_model_are_noted_when_they_are_read(tmp_path, 
     for fingerprint, is_noted in (("a", False), ("b", True), ("", False)):
         assert len(load_preferences(path, fingerprint)) == 1
         assert ("responses of another model" in capsys.readouterr().out) == is_noted
+    write_rows([{**row, "sampled_from": name} for name in "ab"], path)
+    load_preferences(path, "a")
+    assert "responses of another model" in capsys.readouterr().out
     path.write_text(json.dumps(row))  # people's own: nobody knows
     load_preferences(path, "a")
     assert capsys.readouterr().out == ""
@@ -275,6 +312,8 @@ def test_annotated_rows_say_how_likely_their_label_was():
     pairs = [tuple(Reply([], demonstrate(task, rng), True) for _ in "ab") for task in tasks]
     rows = annotate(tasks, pairs, tau=0.5, flip=0.1, seed=0)
     assert all(row["chosen"] != row["rejected"] for row in rows)
+    p = [preference(*row["gold"], tau=0.5, flip=0.1) for row in rows]  # of what has been chosen
+    assert [row["p"] for row in rows] == pytest.approx(p, abs=2e-4) and min(p) < 0.2
     right = sum(row["gold"][0] > row["gold"][1] for row in rows) / sum(
         row["gold"][0] != row["gold"][1] for row in rows
     )

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from collections import Counter
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -19,6 +20,7 @@ from data.chat import encode_chat, encode_prompt, sample_replies
 from data.files import held_out, write_rows
 from data.run import Run, average_gradients
 from data.tokenizer import load_tokenizer
+from data.town.tasks import Case, Task
 from gpt import (
     GPT,
     GPTConfig,
@@ -28,7 +30,7 @@ from gpt import (
     load_model,
     save_checkpoint,
 )
-from train_dpo import dpo_loss
+from train_dpo import dpo_loss, sequence_logprobs
 from train_ppo import response_logprobs
 from train_rm import preference_loss
 
@@ -151,6 +153,12 @@ def test_a_reward_model_of_half_the_layers_costs_half_and_serves_ppo(chain, tmp_
     run("ppo", tmp_path, rm=str(tmp_path / "small" / "ckpt.pt"), iterations=1)
 
 
+def test_a_reward_model_of_as_many_layers_as_the_sft_model_has_is_one_of_all(chain, tmp_path):
+    prepare(chain, tmp_path, "rm")
+    run("rm", tmp_path, n_layer=1)
+    assert same(tmp_path / "rm", chain / "rm")
+
+
 def test_first_losses_are_those_of_models_that_have_learned_nothing_yet(chain):
     def first(stage, name):
         return column(chain / stage, name)[0]
@@ -269,6 +277,25 @@ def test_first_losses_that_are_not_ln_2_stop_the_reward_model_and_dpo(chain, tmp
         run("rm", tmp_path)
 
 
+@pytest.mark.parametrize("off", [1.0, -1.0])
+def test_a_policy_that_reads_all_pairs_differently_stops_dpo(chain, tmp_path, monkeypatch, off):
+    """Chosen and rejected alike, up or down: the margin is 0, and the loss ln 2."""
+    prepare(chain, tmp_path)
+
+    def off_while_learning(*args):
+        return sequence_logprobs(*args) + off * torch.is_grad_enabled()
+
+    monkeypatch.setattr(train_dpo, "sequence_logprobs", off_while_learning)
+    with pytest.raises(AssertionError, match="policy and reference start as the same model"):
+        run("dpo", tmp_path)
+
+
+def test_dpo_with_a_term_that_keeps_chosen_likely_does_not_begin_at_ln_2(chain, tmp_path):
+    prepare(chain, tmp_path)
+    run("dpo", tmp_path, nll=0.2)
+    assert column(tmp_path / "dpo", "loss")[0] > math.log(2) + 0.1
+
+
 def test_a_conversation_without_a_response_stops_sft(chain, tmp_path, monkeypatch):
     prepare(chain, tmp_path, "sft")
 
@@ -357,6 +384,25 @@ def test_scores_of_sft_samples_that_end_have_mean_0_and_sd_1(chain):
     assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
 
 
+def test_where_no_sample_ends_scores_of_unfinished_responses_have_mean_0_and_sd_1(
+    chain, tmp_path, monkeypatch
+):
+    prepare(chain, tmp_path, "rm")
+    sequences = []
+
+    def endless(model, tokenizer, prompts, *how):
+        replies = sample_replies(model, tokenizer, prompts, *how)
+        sequences.extend(prompt + reply.ids for prompt, reply in zip(prompts, replies))
+        return [reply._replace(ended=False) for reply in replies]
+
+    monkeypatch.setattr(train_rm, "sample_replies", endless)
+    run("rm", tmp_path)
+    reward_model, checkpoint = load_model(tmp_path / "rm" / "ckpt.pt", kind=ScalarModel)
+    pad = load_tokenizer(checkpoint["tokenizer"]).pad
+    scores = train_rm.score_sequences(reward_model, sequences, pad)
+    assert abs(scores.mean()) < 1e-3 and abs(scores.std() - 1) < 1e-3
+
+
 def test_a_reward_model_is_normalised_on_samples_from_all_of_a_large_file(
     chain, tmp_path, monkeypatch
 ):
@@ -381,6 +427,43 @@ def test_a_file_of_few_prompts_is_asked_again_and_again(chain, tmp_path, monkeyp
     write_rows(rows, tmp_path / "rows.jsonl")
     options = dict(reward="exact", data=str(tmp_path / "rows.jsonl"), iterations=1)
     assert run("ppo", tmp_path, **options)["no_end"] < 1  # 8 rollouts of 4 prompts
+
+
+def test_groups_are_of_different_prompts_where_there_are_enough(chain, tmp_path, monkeypatch):
+    shutil.copytree(chain / "sft", tmp_path / "sft")
+    rows = [{"prompt": f"Say {i}.", "response": f"{i}"} for i in range(5)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    counts = []
+
+    def noted(model, tokenizer, prompts, *how, **more):
+        counts.append(sorted(Counter(map(tuple, prompts)).values()))
+        return sample_replies(model, tokenizer, prompts, *how, **more)
+
+    monkeypatch.setattr(train_ppo, "sample_replies", noted)
+    options = dict(reward="exact", data=str(tmp_path / "rows.jsonl"), eval_every=100)
+    run("ppo", tmp_path, **options, advantage="rloo", group=2)
+    assert counts == [[2, 2, 2, 2]] * 4 + [[1]]  # 4 iterations of 8 rollouts, one held-out prompt
+
+
+def test_a_reward_model_that_reads_other_tokens_is_refused(chain, tmp_path):
+    prepare(chain, tmp_path)
+    checkpoint = torch.load(tmp_path / "rm" / "ckpt.pt", weights_only=True)
+    checkpoint["tokenizer"]["merges"][-1] = [0, 1]
+    torch.save(checkpoint, tmp_path / "rm" / "ckpt.pt")
+    with pytest.raises(InputError, match="rm/ckpt.pt has another tokenizer than .*sft/ckpt.pt"):
+        run("ppo", tmp_path)
+
+
+@pytest.mark.parametrize("made_from, is_noted", [({}, False), ({"init": "0" * 16}, True)])
+def test_a_reward_model_of_another_model_is_noted_but_not_one_of_an_unknown_model(
+    chain, tmp_path, capsys, made_from, is_noted
+):
+    path = tmp_path / "ckpt.pt"
+    checkpoint = torch.load(chain / "rm" / "ckpt.pt", weights_only=True)
+    save_checkpoint(path, {**checkpoint, "made_from": made_from})
+    _, sft = load_model(chain / "sft" / "ckpt.pt")
+    train_ppo.load_reward_model(train_ppo.Config(rm=str(path)), sft, "cpu")
+    assert ("was trained from another model" in capsys.readouterr().out) == is_noted
 
 
 @pytest.mark.parametrize("reward, with_data", [("gold", True), ("best", True), ("best", False)])
@@ -545,6 +628,19 @@ def test_option_that_does_not_fit_the_checkpoint_is_a_clear_error(chain, tmp_pat
         run("rm", tmp_path, init=str(chain / "sft/ckpt.pt"), n_layer=9)
 
 
+def test_questions_of_the_town_that_fill_the_context_stop_dpo_before_it_trains(
+    chain, tmp_path, monkeypatch
+):
+    prepare(chain, tmp_path)
+    model, checkpoint = load_model(tmp_path / "sft" / "ckpt.pt")
+    long = Task("one_sum", "7" + "a7" * 46, Case("7.", "8.", {}))
+    ids = encode_prompt(load_tokenizer(checkpoint["tokenizer"]), long.messages)
+    assert len(ids) == model.config.context  # every letter and every digit is a token
+    monkeypatch.setattr(train_dpo, "draw_tasks", lambda *_, **how: [long])
+    with pytest.raises(InputError, match="questions of the town leave no room for a response"):
+        run("dpo", tmp_path)
+
+
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_files_that_are_not_named_are_those_of_the_folder_of_all_runs(stage):
     Config = SCRIPTS[stage].Config
@@ -601,6 +697,17 @@ def test_all_stages_run_on_files_of_your_own(tmp_path):
         assert "gold" not in header  # no gold reward here: no column, rather than zeros
         assert numbers
     assert "gold_order" not in torch.load(out / "rm" / "ckpt.pt", weights_only=True)["report"]
+
+
+def test_dpo_asks_nothing_of_the_town_where_some_pairs_are_of_elsewhere(
+    chain, tmp_path, monkeypatch
+):
+    prepare(chain, tmp_path)
+    path = tmp_path / "preferences.jsonl"
+    first, *others = map(json.loads, path.read_text().splitlines())
+    write_rows([{k: first[k] for k in ("messages", "chosen", "rejected")}, *others], path)
+    monkeypatch.setattr(train_dpo, "draw_tasks", lambda *_, **how: pytest.fail("it asks"))
+    assert "gold" not in run("dpo", tmp_path)
 
 
 def test_characters_and_a_single_text_can_be_pretrained_on(tmp_path):

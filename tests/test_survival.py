@@ -464,9 +464,14 @@ def test_a_run_from_before_an_option_existed_is_resumed_with_its_default(
 
 def test_after_a_run_signals_do_what_they_did_before(chain, tmp_path):
     prepare(chain, tmp_path, "sft")
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    run("sft", tmp_path)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        handlers = [signal.getsignal(s) for s in before]
+        run("sft", tmp_path)
+        assert [signal.getsignal(s) for s in before] == handlers
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def test_a_run_whose_folder_has_moved_is_resumed_there(chain, tmp_path, monkeypatch):

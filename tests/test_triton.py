@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,6 +251,39 @@ def test_float16_takes_the_pytorch_path(monkeypatch):
     monkeypatch.setattr(kernels, "_run_kernel", None)  # would fail if it were called
     hidden, weight, target = inputs(*SIZES[0], torch.float16)
     assert linear_cross_entropy(hidden, weight, target).isfinite()
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (9, 0)])
+def test_bfloat16_takes_the_kernel_only_where_tensor_cores_multiply_it(capability, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    tensor = dict(is_cuda=True, device="cuda:0")
+    assert kernels._use_triton(SimpleNamespace(**tensor, dtype=torch.float32))
+    is_ampere = capability >= (8, 0)
+    assert kernels._use_triton(SimpleNamespace(**tensor, dtype=torch.bfloat16)) == is_ampere
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("room", [65536, 101376, 166912, 232448])  # T4, RTX 4090, A100, H100
+def test_tiles_fit_the_shared_memory_and_float32_is_not_rounded(room, dtype):
+    tile, options = kernels._tile(dtype, room)
+    numbers = options["num_stages"] * (tile["BLOCK_N"] + tile["BLOCK_V"]) * tile["BLOCK_C"]
+    assert numbers * dtype.itemsize <= room
+    assert tile["TMA"] == (dtype == torch.bfloat16 and room >= 200_000)
+    assert dtype == torch.bfloat16 or tile["PRECISION"] == "ieee"
+
+
+def test_rounding_makes_no_probability_exceed_1(monkeypatch):
+    hidden, weight, target = (x[:1].detach() for x in inputs(2, 8, 2, torch.float32))
+    z_t = kernels._target_logits(hidden, weight, target, 1.0)[:, None]
+    s = torch.full_like(z_t, 1 - 1e-7)  # the sum over a tile, whose largest term is exp(0) = 1
+    made = {"statistics": (z_t, s, None), "exponentials": (torch.ones_like(z_t), s)}
+    monkeypatch.setattr(kernels, "_run_kernel", lambda mode, *args, **how: made[mode])
+    logprob, _, _ = kernels._statistics(hidden, weight, 1, target, 1.0, False)
+    assert logprob == 0
+    _, factor, others, logprob = kernels._exponentials(hidden, weight, 1, target)
+    assert factor == 1 and others == 0 and logprob == 0
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
