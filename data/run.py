@@ -716,7 +716,8 @@ def asked_to_stop():
 
     def hear(*_):
         if not asked:  # by the system's own call, since this may interrupt a print
-            os.write(2, b"\nfinishing this step, then saving ...\n")
+            with contextlib.suppress(OSError):  # nobody reads, or the shell has closed it
+                os.write(2, b"\nfinishing this step, then saving ...\n")
         asked.append(True)
 
     signals = (signal.SIGINT, signal.SIGTERM)

@@ -462,6 +462,20 @@ def test_a_run_from_before_an_option_existed_is_resumed_with_its_default(
     assert same(tmp_path / "sft", chain / "sft")
 
 
+def test_ctrl_c_saves_the_step_even_if_nobody_can_be_told(chain, tmp_path, monkeypatch):
+    prepare(chain, tmp_path, "sft")
+    write = os.write
+
+    def closed(file, text):
+        if file == 2:
+            raise OSError("Bad file descriptor")
+        return write(file, text)
+
+    monkeypatch.setattr(os, "write", closed)
+    interrupt("sft", tmp_path, monkeypatch)
+    assert (tmp_path / "unfinished/sft/resume.pt").exists()
+
+
 def test_after_a_run_signals_do_what_they_did_before(chain, tmp_path):
     prepare(chain, tmp_path, "sft")
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -20,8 +20,7 @@ Five things are held out of all training on tasks (SFT, preferences, PPO):
   though it sees other lists, and other kinds see colours;
 - whole kinds: those marked `held_out=True`.
 Nothing is held out of the documents: they have every sum, and "The third animal is ...".
-
-Of these, new kinds are never answered, and new cells only sometimes (README.md).
+Of these, new kinds are never answered, new cells only sometimes (README.md).
 """
 
 import random
