@@ -471,7 +471,7 @@ PANELS = {  # of curve.png: what a panel shows -> columns of log.csv
     "KL from SFT, nats per response\n(k3 jumps at rare tokens)": ["kl", "kl_k3", "kl_full"],
     "entropy, nats per token": ["entropy"],
     "explained variance of the returns": ["explained_variance"],
-    "fraction of ratios outside the clip range;\napprox. KL in nats": ["clipfrac", "approx_kl"],
+    "ratios beyond the clip, fraction;\napprox. KL in nats": ["clipfrac", "approx_kl"],
     "fractions of responses": ["no_end", "exact_match", "shows_work", "equal_groups"],
     "tokens per response": ["length"],
 }
